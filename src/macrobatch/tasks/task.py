@@ -1,0 +1,68 @@
+"""A task as a value: a model, its loss, its data and its optimizer, with the sizes it was tried with."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset, default_collate
+
+SumAndWeight = tuple[Tensor, Tensor | float]  # a sum over the terms of a micro-batch, and how many terms there are
+LossFunction = Callable[[nn.Module, Any], Any]
+Metric = Callable[[nn.Module, Any], SumAndWeight]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Everything that training needs, and nothing about how it is trained.
+
+    `train` and `validation` are map-style datasets (`len` and `[index]`); `collate` makes one micro-batch of a list of
+    their samples. `loss_fn(model, micro_batch)` returns what `Accumulator` takes, best `(loss_sum, loss_weight)`. Each
+    of `metrics`, by its name, returns `(sum, weight)` likewise and is averaged over the whole validation data.
+    `learning_rate` was tuned at `base_batch_size`.
+    """
+
+    name: str
+    model: nn.Module
+    loss_fn: LossFunction
+    train: Dataset[Any]
+    validation: Dataset[Any]
+    make_optimizer: Callable[[nn.Module, float], Optimizer]
+    learning_rate: float
+    base_batch_size: int
+    batch_size: int = 128
+    micro_batch_size: int = 16
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    collate: Callable[[list[Any]], Any] = default_collate
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        _check_kinds(self)
+        for name in ("train", "validation"):
+            if num_samples(getattr(self, name), name) == 0:
+                raise ValueError(f"task {self.name!r}: the {name} data is empty; at least one sample is needed")
+        for name in ("learning_rate", "base_batch_size", "batch_size", "micro_batch_size"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"task {self.name!r}: {name} must be above 0, got {getattr(self, name)!r}")
+
+
+def num_samples(dataset: Dataset[Any], name: str) -> int:
+    """The length of a map-style dataset, or a ValueError where it has none."""
+    try:
+        return len(dataset)  # type: ignore[arg-type]  # the torch class promises no length; this is where it is asked
+    except (TypeError, NotImplementedError):
+        kind = type(dataset).__name__
+        raise ValueError(
+            f"the {name} data is a {kind} without a length; a map-style dataset is needed: len(data) and data[index]"
+        ) from None
+
+
+def _check_kinds(task: Task) -> None:
+    if not isinstance(task.model, nn.Module):
+        raise ValueError(f"task {task.name!r}: model must be a torch.nn.Module, got {type(task.model).__name__}")
+    given = {entry.name: getattr(task, entry.name) for entry in fields(task)}
+    functions = {name: given[name] for name in ("loss_fn", "make_optimizer", "collate")} | dict(task.metrics)
+    for name, function in functions.items():
+        if not callable(function):
+            raise ValueError(f"task {task.name!r}: {name} must be a function, got {type(function).__name__}")
