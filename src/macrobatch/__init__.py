@@ -1,0 +1,25 @@
+"""Any effective batch size on any memory budget, with the gradient of the full batch."""
+
+from macrobatch.accumulator import Accumulator
+from macrobatch.batch import Window, collate_windows, windows
+from macrobatch.criteria import sum_loss
+from macrobatch.epoch import train_epoch
+from macrobatch.loops import accumulate
+from macrobatch.report import Report
+from macrobatch.update import Update, apply_update
+from macrobatch.weighting import Loss, valid_tokens
+
+__all__ = [
+    "Accumulator",
+    "Loss",
+    "Report",
+    "Update",
+    "Window",
+    "accumulate",
+    "apply_update",
+    "collate_windows",
+    "sum_loss",
+    "train_epoch",
+    "valid_tokens",
+    "windows",
+]

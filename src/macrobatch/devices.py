@@ -1,0 +1,72 @@
+"""Micro-batches on the device of the model, the next one travelling while the present one computes."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from macrobatch.structure import Nested, map_tensors, tensors
+
+
+def device_of(parameters: Sequence[nn.Parameter]) -> torch.device | None:
+    """The device that all parameters share, None if they are spread over several. ValueError on the meta device."""
+    devices = {p.device for p in parameters}
+    if torch.device("meta") in devices:
+        raise ValueError(
+            "the model has parameters on the meta device, which hold no numbers: call model.to_empty(device=...) and "
+            "load or initialise its weights first"
+        )
+    return devices.pop() if len(devices) == 1 else None
+
+
+def on_device(micro_batches: Iterable[Nested], device: torch.device | None) -> Iterator[tuple[Nested, bool]]:
+    """(micro-batch on `device`, whether it is the last), reading one micro-batch ahead.
+
+    Pinned micro-batches travel to a CUDA device on a stream of their own. With `device` None they stay where they are.
+    """
+    transfer = _Transfer(device)
+    iterator = iter(micro_batches)
+    ahead = [transfer.start(micro_batch) for micro_batch in _first(iterator)]
+    while ahead:
+        current = ahead.pop()  # at most two micro-batches are on the device: this one and the next
+        ahead = [transfer.start(following) for following in _first(iterator)]
+        yield transfer.finish(current), not ahead
+
+
+def _first(iterator: Iterator[Nested]) -> list[Nested]:
+    for item in iterator:
+        return [item]
+    return []
+
+
+class _Transfer:
+    """Copies to a device; from pinned memory to CUDA on a side stream, so that they overlap with computing."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
+
+    def start(self, micro_batch: Nested) -> tuple[Nested, torch.cuda.Event | None]:
+        device, stream = self._device, self._stream
+        if device is None or all(leaf.device == device for leaf in tensors(micro_batch)):
+            return micro_batch, None
+        if stream is None:
+            return map_tensors(micro_batch, lambda leaf: leaf.to(device)), None
+
+        def copy(leaf: Tensor) -> Tensor:
+            if leaf.device.type != "cpu" or not leaf.is_pinned():
+                return leaf.to(device)  # what another stream may still be writing must not be read from a side stream
+            with torch.cuda.stream(stream):
+                return leaf.to(device, non_blocking=True)
+
+        copies = map_tensors(micro_batch, copy)
+        return copies, stream.record_event()
+
+    def finish(self, started: tuple[Nested, torch.cuda.Event | None]) -> Nested:
+        micro_batch, copied = started
+        if copied is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(copied)
+            for leaf in tensors(micro_batch):
+                leaf.record_stream(current)  # its memory belongs to the side stream's pool
+        return micro_batch

@@ -1,0 +1,190 @@
+"""Who talks when: sums and agreement over ranks, and the reduction of a window's gradients.
+
+One process is the same code with a group of one. Gradients of parameters inside a DistributedDataParallel are reduced
+by it, once per window, overlapped with the last micro-batch's backward. Everything else is reduced explicitly after
+it: parameters outside of DDP (a temperature in the loss), gradients kept in float32 that DDP's buckets reject, and all of them
+in a window in which some rank has no micro-batch.
+"""
+
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+Auto = Literal["auto"]
+AUTO: Auto = "auto"
+GroupChoice = dist.ProcessGroup | None | Auto
+
+BUCKET_BYTES = 25 * 2**20  # as DDP's default: large enough for bandwidth, small beside the gradients
+
+
+class Ranks:
+    """Sums and agreement over the ranks of a process group; with None, of this process alone."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+
+    @classmethod
+    def of(cls, choice: GroupChoice, replicas: Sequence[DistributedDataParallel] = ()) -> "Ranks":
+        """The ranks of `choice`; "auto" means the group of the DDP modules, else all processes, if any were started."""
+        if choice != AUTO:
+            return cls(choice)
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls(None)
+        group = replicas[0].process_group if replicas else dist.group.WORLD
+        return cls(group if dist.get_world_size(group) > 1 else None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this group's collectives want their tensors."""
+        if self.group is None or "nccl" not in dist.get_backend(self.group):
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The elementwise sum of `values` over ranks, on the device of `values`."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """The elementwise maximum of `values` over ranks, on the device of `values`."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on some rank: the same answer on every rank."""
+        return flag if self.size == 1 else bool(self.maximum(torch.tensor(int(flag))))
+
+    def all(self, flag: bool) -> bool:
+        """Whether `flag` is true on every rank: the same answer on every rank."""
+        return not self.any(not flag)
+
+    def union(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The names that any rank gave, in the same order on every rank."""
+        own = list(dict.fromkeys(names))
+        if self.size == 1:
+            return tuple(own)
+        everyone: list[list[str]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(everyone, own, group=self.group)
+        return tuple(dict.fromkeys(name for theirs in everyone for name in theirs))
+
+    def _reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.size == 1:
+            return values
+        reduced = values.to(self.device, copy=True)
+        dist.all_reduce(reduced, op=operation, group=self.group)
+        return reduced.to(values.device)
+
+
+class GradientReduction:
+    """Within the context, DDP modules communicate only in the micro-batch announced as the last; `finish` does the rest.
+
+    `overlaps`: whether DDP may reduce in the last backward. It may not where a rank has no micro-batch or where gradients are
+    of another dtype than the parameters. What DDP was set to is put back at the end.
+    """
+
+    def __init__(
+        self, replicas: Sequence[DistributedDataParallel], ranks: Ranks, overlaps: bool, everyone_runs: bool
+    ) -> None:
+        self._replicas = replicas if ranks.size > 1 else ()
+        self._ranks = ranks
+        self._overlaps = overlaps and everyone_runs
+        self._everyone_runs = everyone_runs
+
+    def __enter__(self) -> "GradientReduction":
+        self._before = [(ddp.require_backward_grad_sync, ddp.require_forward_param_sync) for ddp in self._replicas]
+        for ddp in self._replicas:
+            ddp.require_backward_grad_sync = False
+            if not self._everyone_runs:  # a rank without a forward would be missing in the broadcast of buffers
+                ddp.require_forward_param_sync = False
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for ddp, (backward_sync, forward_sync) in zip(self._replicas, self._before, strict=True):
+            ddp.require_backward_grad_sync = backward_sync
+            ddp.require_forward_param_sync = forward_sync
+
+    def announce_last(self) -> None:
+        """The next forward and backward on this rank are the window's last."""
+        if self._overlaps:
+            for ddp in self._replicas:
+                ddp.require_backward_grad_sync = True
+
+    def finish(
+        self, parameters: Sequence[nn.Parameter], gradients: list[Tensor | None]
+    ) -> list[tuple[list[Tensor], int]]:
+        """After it every gradient is reduced: groups of gradients, each with the factor that makes it a sum over ranks.
+
+        DDP averages over ranks, so what it reduced comes with the factor `ranks.size`; the rest are sums already.
+        Entries of `gradients` are filled in where only other ranks had one.
+        """
+        by_ddp = {id(p) for ddp in self._replicas for p in _reduced_by(ddp)} if self._overlaps else set()
+        rest = [j for j, p in enumerate(parameters) if id(p) not in by_ddp]
+        if self._ranks.size > 1:
+            _sum_gradients(parameters, gradients, rest, self._ranks)
+        averaged = [g for p, g in zip(parameters, gradients, strict=True) if g is not None and id(p) in by_ddp]
+        return [(averaged, self._ranks.size), ([g for j in rest if (g := gradients[j]) is not None], 1)]
+
+    def join_without_terms(self) -> None:
+        """Where DDP is waiting for this rank's last backward: it takes part with zero gradients."""
+        for ddp in self._replicas:
+            if ddp.require_backward_grad_sync:
+                parameters = [p for p in _reduced_by(ddp) if p.requires_grad]
+                outputs = [p.view_as(p) for p in parameters]
+                ddp.reducer.prepare_for_backward(outputs)
+                torch.autograd.backward(outputs, [torch.zeros_like(p) for p in parameters])
+
+
+def _reduced_by(ddp: DistributedDataParallel) -> Iterable[nn.Parameter]:
+    ignored = ddp.parameters_to_ignore
+    return (p for name, p in ddp.module.named_parameters() if name not in ignored)
+
+
+def _sum_gradients(
+    parameters: Sequence[nn.Parameter], gradients: list[Tensor | None], which: Sequence[int], ranks: Ranks
+) -> None:
+    """Sum `gradients[j]` over ranks for each j in `which`; who has none where another rank has one takes part with zeros."""
+    if not which:
+        return
+    mine = torch.tensor([_dtype_code(gradients[j]) for j in which])
+    codes = ranks.maximum(mine).tolist()
+    reduced: list[Tensor] = []
+    for j, code in zip(which, codes, strict=True):
+        if code < 0:
+            continue
+        gradient = gradients[j]
+        if gradient is None:
+            gradient = torch.zeros_like(parameters[j], dtype=_DTYPES[code], memory_format=torch.contiguous_format)
+        gradients[j] = gradient.to_dense() if gradient.is_sparse else gradient
+        reduced.append(gradients[j])  # type: ignore[arg-type]
+    for bucket in _buckets(reduced):
+        flat = ranks.sum(torch.cat([g.detach().flatten() for g in bucket]))
+        for g, piece in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            g.copy_(piece.view(g.shape))
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+
+def _dtype_code(gradient: Tensor | None) -> int:
+    return -1 if gradient is None else _DTYPES.index(gradient.dtype)
+
+
+def _buckets(gradients: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    """Consecutive gradients of one dtype and device, about BUCKET_BYTES in each list."""
+    bucket: list[Tensor] = []
+    num_bytes = 0
+    for g in gradients:
+        if bucket and (num_bytes > BUCKET_BYTES or (g.dtype, g.device) != (bucket[0].dtype, bucket[0].device)):
+            yield bucket
+            bucket, num_bytes = [], 0
+        bucket.append(g)
+        num_bytes += g.nbytes
+    if bucket:
+        yield bucket

@@ -1,0 +1,98 @@
+"""From gradients to parameters: agree on finiteness, clip, step, zero, in that order, once for each effective batch."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import LBFGS, Optimizer
+
+from macrobatch.distributed import Ranks
+from macrobatch.report import Report
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of the gradients. `grad_norm`: shape (), the 2-norm of all of them before clipping. `applied`: stepped."""
+
+    grad_norm: Tensor
+    applied: bool
+
+
+def apply_update(
+    optimizer: Optimizer | Sequence[Optimizer],
+    report: Report | None = None,
+    *,
+    max_norm: float | None = None,
+    nonfinite: Literal["skip", "ignore"] = "skip",
+) -> Update:
+    """The parameters have made one step along `p.grad`, or none, and all gradients are None.
+
+    No step is made, on all ranks alike, where a gradient is not finite or the loss had no terms (zero gradients would
+    still move AdamW). `max_norm` clips the norm over all optimizers together. `report` brings the GradScaler to update
+    and the ranks to agree with; without it nothing is communicated. Costs one host sync, none with
+    `nonfinite="ignore"`, which steps whatever the gradients are. The scheduler is the caller's: step it if `applied`.
+    """
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    _check(optimizers, max_norm, nonfinite)
+    parameters = [p for each in optimizers for group in each.param_groups for p in group["params"]]
+    grad_norm = gradient_norm(parameters)
+    applied = nonfinite == "ignore" or _may_step(grad_norm, report)
+    if applied:
+        if max_norm is not None:
+            _clip(parameters, max_norm, grad_norm)
+        for each in optimizers:
+            each.step()
+    if report is not None and report.scaler is not None:
+        report.scaler.update()
+    _drop_gradients([*parameters, *(report.parameters if report is not None else ())])
+    return Update(grad_norm, applied)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The 2-norm of all gradients as one vector, shape (); 0 without any."""
+    return get_total_norm([_values(p.grad) for p in parameters if p.grad is not None])
+
+
+def _may_step(grad_norm: Tensor, report: Report | None) -> bool:
+    may = torch.isfinite(grad_norm)
+    if report is None:
+        return bool(may)
+    may = may & report.has_terms.to(may.device)
+    return Ranks(report.process_group).all(bool(may))
+
+
+def _clip(parameters: Sequence[nn.Parameter], max_norm: float, grad_norm: Tensor) -> None:
+    dense = [p for p in parameters if p.grad is not None and not p.grad.is_sparse]
+    clip_grads_with_norm_(dense, max_norm, grad_norm)
+    for p in parameters:
+        if p.grad is not None and p.grad.is_sparse:
+            p.grad.mul_((max_norm / (grad_norm + 1e-6)).clamp(max=1.0))  # as clip_grads_with_norm_ does
+
+
+def _drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    for p in parameters:
+        p.grad = None
+
+
+def _values(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def _check(optimizers: Sequence[Optimizer], max_norm: float | None, nonfinite: str) -> None:
+    for each in optimizers:
+        if not isinstance(each, Optimizer):
+            raise ValueError(f"apply_update takes a torch optimizer, or several, got a {type(each).__name__}")
+        if isinstance(each, LBFGS):
+            raise ValueError(
+                "LBFGS evaluates the loss several times for a step, so it needs a closure: "
+                "optimizer.step(closure) with def closure(): optimizer.zero_grad(); return accumulator.run(batch).loss"
+            )
+    if not optimizers:
+        raise ValueError("apply_update got no optimizer")
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"max_norm must be positive, or None for no clipping, got {max_norm}")
+    if nonfinite not in ("skip", "ignore"):
+        raise ValueError(f"nonfinite must be 'skip' or 'ignore', got {nonfinite!r}")

@@ -1,0 +1,154 @@
+"""What a loss averages over: a loss is a sum over terms with a count, and is divided once, by the count of all.
+
+The mean over the effective batch is (sum of all micro-batches' loss_sum) / (sum of all their loss_weight). The mean of
+micro-batch means is another number wherever the counts differ: token means, class weights, a short last micro-batch.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from macrobatch.structure import Nested, tensors
+
+LOSS = "loss"  # the name of a sum or a denominator that was given none
+Count = float | Tensor  # of loss terms: a number, or a tensor of shape () that may live on the device
+
+FORMS = (
+    "A loss_fn returns (loss_sum, loss_weight), or a scalar tensor (the mean over the micro-batch's samples), or "
+    "{name: loss_sum} together with Accumulator(..., count=), or macrobatch.Loss(sum, weight, metrics)."
+)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A micro-batch's loss as a sum over its terms, how many they are, and sums of whatever else should be reported.
+
+    `sum`: shape (). `weight`: how many terms (samples, valid tokens, sum of class weights), or None where `count=`
+    tells. `metrics`: name to a sum over the same terms (number or shape ()), divided by the same total in the Report.
+    """
+
+    sum: Tensor | Mapping[str, Tensor]
+    weight: Count | None = None
+    metrics: Mapping[str, Count] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A loss in normal form: `sums[name] * multiplier` is a sum of `weight` terms; sums given as the number 0 are left out."""
+
+    sums: dict[str, Tensor]
+    multiplier: int
+    weight: Count | None
+    metrics: Mapping[str, Count]
+    is_mean: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to run backward on, as far as can be known without a host sync."""
+        return not self.sums or (self.weight is not None and known(self.weight) == 0)
+
+
+def terms_of(output: Any, num_samples: int, has_count: bool) -> Terms:
+    """What a loss_fn returned, in normal form, checked. ValueError with the forms for anything else."""
+    loss = output if isinstance(output, Loss) else _as_loss(output, num_samples, has_count)
+    named = isinstance(loss.sum, Mapping)
+    given: Mapping[str, Any] = loss.sum if isinstance(loss.sum, Mapping) else {LOSS: loss.sum}
+    is_mean = isinstance(output, Tensor) and not has_count
+    sums = {name: _checked_sum(value, name) for name, value in given.items() if not _is_zero(value)}
+    if has_count and loss.weight is not None:
+        raise ValueError(f"the loss_fn gave a loss_weight and the Accumulator has count=: give one of them. {FORMS}")
+    if not has_count and (named or loss.weight is None):
+        raise ValueError(f"{{name: loss_sum}} needs Accumulator(..., count=), which tells each denominator. {FORMS}")
+    weight = None if loss.weight is None else checked_count(loss.weight, "loss_weight")
+    return Terms(sums, num_samples if is_mean else 1, weight, loss.metrics, is_mean)
+
+
+def _as_loss(output: Any, num_samples: int, has_count: bool) -> Loss:
+    if isinstance(output, Tensor):
+        return Loss(output, None if has_count else num_samples)
+    if isinstance(output, tuple) and len(output) == 2:
+        return Loss(output[0], output[1])
+    if isinstance(output, Mapping) and not hasattr(output, "loss"):
+        return Loss(output)
+    what = f"a tuple of {len(output)}" if isinstance(output, tuple) else f"a {type(output).__name__}"
+    raise ValueError(f"the loss_fn returned {what}. {FORMS}")
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and value == 0  # (0, 0): a micro-batch without terms
+
+
+def _checked_sum(value: Any, name: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"the {name} is a {type(value).__name__}, not a tensor. {FORMS}")
+    if value.ndim:
+        raise ValueError(
+            f"the {name} has shape {tuple(value.shape)}, not (): return (losses.sum(), losses.numel()) for losses per term"
+        )
+    return value
+
+
+def checked_count(weight: Any, name: str) -> Count:
+    """`weight` as a number or a tensor of shape (). ValueError if it is negative or not finite, where that costs no sync."""
+    if isinstance(weight, Tensor):
+        if weight.numel() != 1:
+            raise ValueError(f"{name} has shape {tuple(weight.shape)}, not (): sum it over the micro-batch's terms")
+        weight = weight.detach().reshape(())
+    elif not isinstance(weight, int | float):
+        raise ValueError(f"{name} is a {type(weight).__name__}, not a number or a tensor of shape ()")
+    value = known(weight)
+    if value is not None and not (0 <= value < math.inf):
+        raise ValueError(f"{name} is {value}: a count of terms must be finite and not negative")
+    return weight
+
+
+def known(weight: Count) -> float | None:
+    """The value of a count where reading it costs no host sync, else None."""
+    if isinstance(weight, Tensor):
+        return float(weight) if weight.device.type == "cpu" else None
+    return float(weight)
+
+
+def refuse_bare_token_mean(micro_batch: Nested) -> None:
+    """ValueError if `micro_batch` holds ignore labels, so that a bare scalar is almost surely a mean over valid tokens."""
+    for leaf in tensors(micro_batch):
+        label = _ignore_label(leaf)
+        if label is None:
+            continue
+        raise ValueError(
+            f"the loss_fn returned a bare scalar, which counts as a mean over samples, but an integer leaf of shape "
+            f"{tuple(leaf.shape)} holds the ignore label {label}, so it is almost surely a mean over valid tokens: "
+            f"accumulated, its gradient would be wrong. Return the exact form: either\n"
+            f"    (loss_sum, macrobatch.valid_tokens(labels, ignore_index={label}))   "
+            f"# a causal LM that shifts labels inside: shifted=True\n"
+            f"or, where the model gives the mean,\n"
+            f"    n = macrobatch.valid_tokens(labels, ignore_index={label}); return mean * n, n\n"
+            f"(if it truly is a mean over samples: return mean * num_samples, num_samples)"
+        )
+
+
+def _ignore_label(leaf: Tensor) -> int | None:
+    """The label by which `leaf` ignores positions: its only negative value, as in -100 or -1; else None."""
+    if leaf.dtype not in (torch.int64, torch.int32) or leaf.numel() == 0:
+        return None
+    negative = leaf[leaf < 0]
+    if negative.numel() == 0 or bool((negative != negative[0]).any()):
+        return None
+    return int(negative[0])
+
+
+def valid_tokens(labels: Tensor, ignore_index: int = -100, shifted: bool = False) -> Tensor:
+    """How many labels are not `ignore_index`: shape (), on the device of `labels`, without a host sync.
+
+    `labels`: (..., T). `shifted=True`: the loss compares position t with label t + 1, as causal language models of
+    transformers do inside, so the first label of each sequence is never predicted and does not count.
+
+    >>> valid_tokens(torch.tensor([[5, -100, 7], [5, 6, -100]]), shifted=True)
+    tensor(2)
+    """
+    counted = labels[..., 1:] if shifted else labels
+    return (counted != ignore_index).sum()
