@@ -9,6 +9,8 @@ from macrobatch.report import Report
 from macrobatch.update import Update, apply_update
 from macrobatch.weighting import Loss, valid_tokens
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Accumulator",
     "Loss",

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from macrobatch import structure
-from macrobatch.batch import Cut, NumSamples, Window, check_size, cut_batch
+from macrobatch.batch import Cut, NumSamples, Window, check_size
 from macrobatch.devices import device_of, on_device
-from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks
+from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks, is_distributed
 from macrobatch.gradients import Frozen, WindowGradients, ddp_modules, modules_of, multiply_, trainable
 from macrobatch.leaves import StrayLeaves
 from macrobatch.report import Report
@@ -96,10 +96,10 @@ class Accumulator:
             pass_.count(window)
             overlaps = gradients.match_parameters and everyone_runs
             with GradientReduction(pass_.replicas, pass_.ranks, overlaps, everyone_runs) as reduction:
-                for micro_batch, is_last in on_device(window, pass_.device):
+                for micro_batch, num_samples, is_last in on_device(window.sized(), pass_.device):
                     if is_last:
                         reduction.announce_last()
-                    pass_.forward_backward(micro_batch, reduction)
+                    pass_.forward_backward(micro_batch, num_samples, reduction)
                     gradients.absorb()
                 pass_.agree_on_exponent()
                 pass_.settle()
@@ -117,8 +117,8 @@ class Accumulator:
             window, _ = self._agree_on_window(batch, pass_.ranks)
             pass_.count(window)
             with GradientReduction(pass_.replicas, pass_.ranks, overlaps=False, everyone_runs=False):
-                for micro_batch, _ in on_device(window, pass_.device):
-                    pass_.forward(micro_batch)
+                for micro_batch, num_samples, _ in on_device(window.sized(), pass_.device):
+                    pass_.forward(micro_batch, num_samples)
             pass_.settle()
             return pass_.report()
 
@@ -133,9 +133,7 @@ class Accumulator:
             if ranks.size == 1:
                 raise
             error, has_one = bad_input, False
-        failed, some_run, some_idle = ranks.maximum(
-            torch.tensor([error is not None, has_one, not has_one]).int()
-        ).tolist()
+        failed, some_run, some_idle = ranks.any_of(error is not None, has_one, not has_one)
         if failed:
             raise error or RuntimeError("another rank could not make its window: see its error")
         if not some_run:
@@ -150,8 +148,7 @@ class Accumulator:
                 f"micro_batch_size=None takes a Window, got a {type(batch).__name__}: give the Accumulator a "
                 "micro_batch_size to cut batches, or give run a Window([micro_batch, ...])"
             )
-        parts = cut_batch(batch, self._num_samples(batch), self.micro_batch_size, self._cut)
-        return Window(parts, num_samples=self._num_samples)
+        return Window.of_parts(batch, self.micro_batch_size, self._cut, self._num_samples)
 
     def _around_forward(self, device: torch.device) -> AbstractContextManager[Any]:
         if isinstance(self._autocast, torch.dtype):
@@ -167,7 +164,7 @@ class _Pass:
             raise ValueError("the model has no parameter that requires a gradient: nothing to train")
         self.accumulator = accumulator
         self.parameters = parameters
-        self.replicas = ddp_modules(accumulator._modules)
+        self.replicas = ddp_modules(accumulator._modules) if is_distributed() else []
         self.ranks = Ranks.of(accumulator._process_group, self.replicas)
         self.device = accumulator._device or device_of(parameters)
         self.home = self.device or parameters[0].device  # where sums are kept
@@ -184,9 +181,8 @@ class _Pass:
             self._counts, num_micro_batches = count_window(window, count, self.ranks, self.home)
             self._num_micro_batches = 2.0 ** round(math.log2(max(num_micro_batches, 1)))
 
-    def forward(self, micro_batch: Nested) -> Terms:
+    def forward(self, micro_batch: Nested, num_samples: int) -> Terms:
         """The loss of one micro-batch in normal form, tallied."""
-        num_samples = self.accumulator._num_samples(micro_batch)
         if num_samples == 0:
             raise ValueError("a micro-batch of the window holds no samples: leave it out")
         with self._autocast:
@@ -197,9 +193,9 @@ class _Pass:
         self._tally.add(terms, num_samples)
         return terms
 
-    def forward_backward(self, micro_batch: Nested, reduction: GradientReduction) -> None:
+    def forward_backward(self, micro_batch: Nested, num_samples: int, reduction: GradientReduction) -> None:
         """The gradient of the micro-batch's sum, times the seed, is added to `p.grad`."""
-        terms = self.forward(micro_batch)
+        terms = self.forward(micro_batch, num_samples)
         if terms.is_empty:
             reduction.join_without_terms()  # backward of 0 terms would be 0, or NaN
             return

@@ -5,7 +5,7 @@ batch given to `Accumulator.run`, which is cut into one.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 from torch import Tensor
@@ -38,15 +38,20 @@ class Window:
                 "give Window([micro_batch, ...]), or give the batch itself to Accumulator.run with a micro_batch_size"
             )
         self._filled: list[Nested] = []
+        self._sizes: list[int] = []  # in samples, of the micro-batches filled in
         self._source: Iterator[Nested] | None = iter(micro_batches)
         self._num_samples = num_samples
         if isinstance(micro_batches, Sequence | Window):
             self.fill()
 
     def __iter__(self) -> Iterator[Nested]:
+        return (micro_batch for micro_batch, _ in self.sized())
+
+    def sized(self) -> Iterator[tuple[Nested, int]]:
+        """Each micro-batch and its number of samples."""
         position = 0
         while position < len(self._filled) or self._draw():
-            yield self._filled[position]
+            yield self._filled[position], self._sizes[position]
             position += 1
 
     def __len__(self) -> int:
@@ -62,16 +67,27 @@ class Window:
     def _draw(self) -> bool:
         if self._source is None:
             return False
-        try:
-            self._filled.append(next(self._source))
-        except StopIteration:
-            self._source = None
-        return self._source is not None
+        for micro_batch in self._source:
+            self._sizes.append(self._num_samples(micro_batch))
+            self._filled.append(micro_batch)
+            return True
+        self._source = None
+        return False
+
+    @classmethod
+    def of_parts(
+        cls, batch: Nested, largest: int, own_cut: Cut | None = None, num_samples: NumSamples = structure.num_samples
+    ) -> "Window":
+        """`batch` cut into micro-batches of at most `largest` samples, sizes differing by at most one (25, 25, 25, 25)."""
+        window = cls([], num_samples=num_samples)
+        window._sizes = even_sizes(num_samples(batch), check_size(largest))
+        window._filled = cut_batch(batch, window._sizes, own_cut)
+        return window
 
     @property
     def micro_batch_sizes(self) -> tuple[int, ...]:
         """Samples in each micro-batch; fills the window."""
-        return tuple(self._num_samples(micro_batch) for micro_batch in self.fill()._filled)
+        return tuple(self.fill()._sizes)
 
     @property
     def num_samples(self) -> int:
@@ -86,9 +102,8 @@ class Window:
         return Window(self._smaller(check_size(micro_batch_size), cut), num_samples=self._num_samples)
 
     def _smaller(self, largest: int, own_cut: Cut | None) -> Iterator[Nested]:
-        for micro_batch in self:
-            n = self._num_samples(micro_batch)
-            yield from [micro_batch] if n <= largest else cut_batch(micro_batch, n, largest, own_cut)
+        for micro_batch, n in self.sized():
+            yield from [micro_batch] if n <= largest else cut_batch(micro_batch, even_sizes(n, largest), own_cut)
 
     def pin_memory(self) -> "Window":
         """A window of the same samples in page-locked memory; a DataLoader with `pin_memory=True` calls this."""
@@ -96,11 +111,7 @@ class Window:
         return Window(pinned, num_samples=self._num_samples)
 
     def __getstate__(self) -> dict[str, Any]:
-        self.fill()  # an iterator cannot travel between processes
-        return {"_filled": self._filled, "_source": None, "_num_samples": self._num_samples}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        return self.fill().__dict__  # an iterator cannot travel between processes
 
     def __repr__(self) -> str:
         return f"Window({len(self._filled)} micro-batches{'' if self._source is None else ' so far'})"
@@ -113,14 +124,11 @@ def check_size(micro_batch_size: int, name: str = "micro_batch_size") -> int:
     return micro_batch_size
 
 
-def cut_batch(batch: Nested, n: int, largest: int, own_cut: Cut | None = None) -> list[Nested]:
-    """`batch` of n samples as `ceil(n / largest)` micro-batches whose sizes differ by at most one (25, 25, 25, 25)."""
-    if n == 0:
-        return []
-    sizes = even_sizes(n, largest)
+def cut_batch(batch: Nested, sizes: Sequence[int], own_cut: Cut | None = None) -> list[Nested]:
+    """`batch` as consecutive micro-batches of these sizes, which add up to it."""
     if own_cut is None:
-        return structure.split(batch, sizes)
-    stops = [sum(sizes[: j + 1]) for j in range(len(sizes))]
+        return structure.split(batch, sizes, n=sum(sizes))
+    stops = list(accumulate(sizes))
     return [own_cut(batch, stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
 
 

@@ -1,6 +1,7 @@
 """Micro-batches on the device of the model, the next one travelling while the present one computes."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,24 +20,24 @@ def device_of(parameters: Sequence[nn.Parameter]) -> torch.device | None:
     return devices.pop() if len(devices) == 1 else None
 
 
-def on_device(micro_batches: Iterable[Nested], device: torch.device | None) -> Iterator[tuple[Nested, bool]]:
-    """(micro-batch on `device`, whether it is the last), reading one micro-batch ahead.
+def on_device(
+    micro_batches: Iterable[tuple[Nested, int]], device: torch.device | None
+) -> Iterator[tuple[Nested, int, bool]]:
+    """(micro-batch on `device`, its samples, whether it is the last) from (micro-batch, its samples), one read ahead.
 
     Pinned micro-batches travel to a CUDA device on a stream of their own. With `device` None they stay where they are.
     """
     transfer = _Transfer(device)
-    iterator = iter(micro_batches)
-    ahead = [transfer.start(micro_batch) for micro_batch in _first(iterator)]
-    while ahead:
-        current = ahead.pop()  # at most two micro-batches are on the device: this one and the next
-        ahead = [transfer.start(following) for following in _first(iterator)]
-        yield transfer.finish(current), not ahead
-
-
-def _first(iterator: Iterator[Nested]) -> list[Nested]:
-    for item in iterator:
-        return [item]
-    return []
+    ahead: list[tuple[Any, int]] = []  # at most one: with the one yielded, two micro-batches are on the device
+    for micro_batch, num_samples in micro_batches:
+        ahead.append((transfer.start(micro_batch), num_samples))
+        del micro_batch  # or the source would keep it alive
+        if len(ahead) == 2:
+            started, size = ahead.pop(0)
+            yield transfer.finish(started), size, False
+            del started
+    for started, size in ahead:
+        yield transfer.finish(started), size, True
 
 
 class _Transfer:

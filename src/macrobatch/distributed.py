@@ -22,6 +22,11 @@ GroupChoice = dist.ProcessGroup | None | Auto
 BUCKET_BYTES = 25 * 2**20  # as DDP's default: large enough for bandwidth, small beside the gradients
 
 
+def is_distributed() -> bool:
+    """Whether a default process group was started."""
+    return dist.is_available() and dist.is_initialized()
+
+
 class Ranks:
     """Sums and agreement over the ranks of a process group; with None, of this process alone."""
 
@@ -35,7 +40,7 @@ class Ranks:
         """The ranks of `choice`; "auto" means the group of the DDP modules, else all processes, if any were started."""
         if choice != AUTO:
             return cls(choice)
-        if not (dist.is_available() and dist.is_initialized()):
+        if not is_distributed():
             return cls(None)
         group = replicas[0].process_group if replicas else dist.group.WORLD
         return cls(group if dist.get_world_size(group) > 1 else None)
@@ -57,7 +62,13 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on some rank: the same answer on every rank."""
-        return flag if self.size == 1 else bool(self.maximum(torch.tensor(int(flag))))
+        return self.any_of(flag)[0]
+
+    def any_of(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag whether it is true on some rank: the same answers on every rank."""
+        if self.size == 1:
+            return flags
+        return tuple(flag > 0 for flag in self.maximum(torch.tensor(flags, dtype=torch.int32)).tolist())
 
     def all(self, flag: bool) -> bool:
         """Whether `flag` is true on every rank: the same answer on every rank."""

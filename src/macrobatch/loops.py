@@ -71,7 +71,7 @@ class accumulate:
         return self._steps(shares if list(shares) != [LOSS] else shares[LOSS], device)
 
     def _steps(self, share: Share, device: torch.device | None) -> Iterator[tuple[Nested, Share]]:
-        for micro_batch, is_last in on_device(self._window, device):
+        for micro_batch, _, is_last in on_device(self._window.sized(), device):
             if is_last:
                 self._reduction.announce_last()
             yield micro_batch, share

@@ -6,7 +6,7 @@ first. What is neither a tensor nor a list of batch length (strings, flags, 0-d 
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,19 +26,19 @@ def num_samples(batch: Nested) -> int:
 
     Raises ValueError, naming the leaves and their shapes, if they do not share one.
     """
-    sizes = _candidate_sizes(batch)
-    for n in sizes:
+    for n in _candidate_sizes(batch):
         if _fits(batch, n, is_root=True):
             return n
     raise ValueError(_misfit_message(batch))
 
 
-def split(batch: Nested, sizes: Sequence[int]) -> list[Nested]:
+def split(batch: Nested, sizes: Sequence[int], *, n: int | None = None) -> list[Nested]:
     """`len(sizes)` consecutive parts of `batch`, part j with `sizes[j]` samples; tensors are views, nothing is copied.
 
-    Each leaf is split once. Raises ValueError if the sizes do not add up to the batch.
+    Each leaf is split once. `n` is `num_samples(batch)`, where that is known already. Raises ValueError if the sizes do
+    not add up to the batch.
     """
-    n = num_samples(batch)
+    n = num_samples(batch) if n is None else n
     if sum(sizes) != n:
         raise ValueError(f"sizes {list(sizes)} add up to {sum(sizes)}, but the batch has {n} samples")
     return _split(batch, n, sizes, is_root=True)
@@ -82,9 +82,11 @@ def map_tensors(batch: Nested, function: Callable[[Tensor], Tensor]) -> Nested:
 
 def tensors(batch: Nested) -> Iterator[Tensor]:
     """The tensors of `batch`, in the order of the structure."""
-    for _, leaf in _leaves(batch, "batch"):
-        if isinstance(leaf, Tensor):
-            yield leaf
+    if isinstance(batch, Tensor):
+        yield batch
+        return
+    for _, child in _children(batch) or ():
+        yield from tensors(child)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,6 +95,13 @@ def tensors(batch: Nested) -> Iterator[Tensor]:
 
 def _children(node: Nested) -> list[tuple[Any, Nested]] | None:
     """(key, child) of a container, None for a leaf."""
+    kind = type(node)
+    if kind is Tensor or kind is str:  # the common leaves and containers first: this runs for every micro-batch
+        return None
+    if kind is dict:
+        return list(node.items())
+    if kind is list or kind is tuple:
+        return list(enumerate(node))
     if isinstance(node, Mapping):
         return list(node.items())
     if isinstance(node, list | tuple):
@@ -129,14 +138,15 @@ def _rebuild_mapping(node: Mapping[Any, Nested], items: dict[Any, Nested]) -> Ne
     return clone
 
 
-def _leaves(node: Nested, path: str) -> Iterator[tuple[str, Nested]]:
+def _leaves(node: Nested, path: str = "") -> Iterator[tuple[str, Nested]]:
+    """(path, leaf), the paths only where one is given to begin with."""
     children = _children(node)
     if children is None:
         yield path, node
         return
     by_attribute = not isinstance(node, Mapping | list | tuple)
     for key, child in children:
-        yield from _leaves(child, f"{path}.{key}" if by_attribute else f"{path}[{key!r}]")
+        yield from _leaves(child, path and (f"{path}.{key}" if by_attribute else f"{path}[{key!r}]"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,7 +154,7 @@ def _leaves(node: Nested, path: str) -> Iterator[tuple[str, Nested]]:
 
 
 def _is_rows(leaf: Nested) -> bool:
-    return isinstance(leaf, Tensor | np.ndarray) and leaf.ndim > 0
+    return isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim > 0
 
 
 def _has_rows(node: Nested) -> bool:
@@ -152,10 +162,14 @@ def _has_rows(node: Nested) -> bool:
     return _is_rows(node) if children is None else any(_has_rows(child) for _, child in children)
 
 
-def _candidate_sizes(batch: Nested) -> Iterable[int]:
+def _candidate_sizes(batch: Nested) -> Iterator[int]:
     """First dimensions of the tensors, then lengths of lists that hold tensors (images of unlike size)."""
-    rows = {leaf.shape[0]: None for _, leaf in _leaves(batch, "") if _is_rows(leaf) and not _is_opaque(leaf)}
-    return [*rows, *(n for n in _list_lengths(batch) if n not in rows)]
+    seen = set()
+    for _, leaf in _leaves(batch):
+        if _is_rows(leaf) and not _is_opaque(leaf) and leaf.shape[0] not in seen:
+            seen.add(leaf.shape[0])
+            yield leaf.shape[0]
+    yield from (n for n in _list_lengths(batch) if n not in seen)
 
 
 def _list_lengths(node: Nested) -> list[int]:
@@ -205,7 +219,8 @@ def _hides_tensors(leaf: Nested) -> bool:
 def _misfit_message(batch: Nested) -> str:
     for path, leaf in _leaves(batch, "batch"):
         if _is_opaque(leaf):
-            return f"{path} is a {leaf.layout} tensor of shape {tuple(leaf.size()) if not leaf.is_nested else '(nested)'}, which cannot be cut. {_HELP}"
+            kind = "nested" if leaf.is_nested else str(leaf.layout)
+            return f"{path} is a {kind} tensor, which cannot be cut. {_HELP}"
         if not _is_rows(leaf) and _hides_tensors(leaf):
             return f"{path} is a {type(leaf).__name__}, an unknown container of tensors, which cannot be cut. {_HELP}"
     rows = [(path, leaf) for path, leaf in _leaves(batch, "batch") if _is_rows(leaf)]
@@ -225,7 +240,7 @@ def _misfit_message(batch: Nested) -> str:
 
 def _split(node: Nested, n: int, sizes: Sequence[int], is_root: bool = False) -> list[Nested]:
     if isinstance(node, Tensor) and node.ndim:
-        return list(node.split(list(sizes)))
+        return list(torch.split(node, list(sizes)))
     if _is_rows(node):
         return list(np.split(node, np.cumsum(sizes)[:-1]))
     children = _children(node)

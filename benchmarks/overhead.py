@@ -1,0 +1,120 @@
+"""What macrobatch costs over the hand-written loop, per window of K = 8 micro-batches: python benchmarks/overhead.py.
+
+Three contestants run the same windows in turn, in an order drawn anew for each round: the loop everybody writes by hand
+(`(loss / K).backward()`), the same loop again (the floor: what noise alone shows), and `Accumulator.run`. The reported
+ratio is the median over rounds of time / time of the hand-written loop in the same round, with its quartiles.
+The optimizer's step is not timed: it is the same for all. Results with machine and versions: benchmarks/results/.
+"""
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+import macrobatch as mb
+
+K = 8
+
+
+def tiny_mlp() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    """A three-layer perceptron: well under a millisecond for a micro-batch of 32."""
+    model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+    return model, (torch.randn(32 * K, 256), torch.randint(0, 10, (32 * K,)))
+
+
+class SmallTransformer(nn.Module):
+    """Two encoder layers of width 64 over 64 tokens, one class for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256, 64)
+        layer = nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(64, 256)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(self.embedding(tokens))).transpose(1, 2)  # (B, 256, T), as cross_entropy wants
+
+
+def small_transformer() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    """The model on 8 sequences of 64 tokens for each micro-batch."""
+    tokens = torch.randint(0, 256, (8 * K, 65))
+    return SmallTransformer(), (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+
+def hand_written(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> Callable[[], None]:
+    """The loop of every tutorial, over micro-batches cut beforehand."""
+    micro_batches = list(zip(batch[0].chunk(K), batch[1].chunk(K), strict=True))
+
+    def window() -> None:
+        for inputs, targets in micro_batches:
+            (F.cross_entropy(model(inputs), targets) / K).backward()
+
+    return window
+
+
+def macrobatch(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> Callable[[], None]:
+    """The same by `Accumulator.run`, cutting, counting terms and reporting included."""
+    accumulator = mb.Accumulator(
+        model, lambda model, b: F.cross_entropy(model(b[0]), b[1]), micro_batch_size=len(batch[0]) // K
+    )
+    return lambda: accumulator.run(batch) and None
+
+
+def measure(case: Callable[[], tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]], rounds: int) -> dict[str, object]:
+    """Ratios to the hand-written loop: median and quartiles over the rounds."""
+    torch.manual_seed(0)
+    model, batch = case()
+    contestants = {
+        "hand-written": hand_written(model, batch),
+        "hand-written again": hand_written(model, batch),
+        "macrobatch": macrobatch(model, batch),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for round_ in range(-5, rounds):
+        for name in random.sample(sorted(contestants), len(contestants)):
+            model.zero_grad()
+            start = time.perf_counter()
+            contestants[name]()
+            if round_ >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    base = seconds["hand-written"]
+    result: dict[str, object] = {"ms per micro-batch": round(statistics.median(base) / K * 1e3, 3)}
+    for name in ("hand-written again", "macrobatch"):
+        ratios = [mine / theirs for mine, theirs in zip(seconds[name], base, strict=True)]
+        result[name] = [round(q, 4) for q in statistics.quantiles(ratios, n=4)]
+    return result
+
+
+def main() -> None:
+    """Measure both cases, print them, and write them with machine and versions if --output says where."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    results: dict[str, object] = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, macrobatch {mb.__version__}",
+        "K": K,
+        "rounds": arguments.rounds,
+    }
+    for case in (tiny_mlp, small_transformer):
+        results[case.__name__] = measure(case, arguments.rounds)
+        print(case.__name__, results[case.__name__], "(quartiles of the ratio)")
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
