@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import Dataset
 
-from macrobatch.tasks.task import SumAndWeight, Task
+from macrobatch.tasks.task import SumAndCount, Task
 
 NUM_BYTES = 256
 MAX_FILE_BYTES = 200_000  # above this: tables and documentation texts rather than code
@@ -149,19 +149,19 @@ def _small_weights(module: nn.Module) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ loss and metrics
-def next_byte_loss(model: nn.Module, pieces: Tensor) -> SumAndWeight:
+def next_byte_loss(model: nn.Module, pieces: Tensor) -> SumAndCount:
     """Cross-entropy of every next byte in nats, summed, and the number of bytes; `pieces`: (B, context + 1)."""
     logits, targets = _predict(model, pieces)
     return F.cross_entropy(logits, targets, reduction="sum"), targets.numel()
 
 
-def bits_per_byte(model: nn.Module, pieces: Tensor) -> SumAndWeight:
+def bits_per_byte(model: nn.Module, pieces: Tensor) -> SumAndCount:
     """Cross-entropy in bits: what a compressor with this model would need for a byte."""
     loss_sum, num_bytes = next_byte_loss(model, pieces)
     return loss_sum / torch.log(torch.tensor(2.0)).item(), num_bytes
 
 
-def next_byte_accuracy(model: nn.Module, pieces: Tensor) -> SumAndWeight:
+def next_byte_accuracy(model: nn.Module, pieces: Tensor) -> SumAndCount:
     """The bytes whose most likely prediction was right, and the number of bytes."""
     logits, targets = _predict(model, pieces)
     return (logits.argmax(-1) == targets).sum(), targets.numel()

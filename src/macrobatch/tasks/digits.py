@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.data import TensorDataset
 
-from macrobatch.tasks.task import SumAndWeight, Task
+from macrobatch.tasks.task import SumAndCount, Task
 
 Digits = list[Tensor]  # images (B, 1, 8, 8) between 0 and 1, labels (B,), as torch's collate makes them
 
@@ -65,13 +65,13 @@ def _conv_net(width: int) -> nn.Module:
     )
 
 
-def label_loss(model: nn.Module, micro_batch: Digits) -> SumAndWeight:
+def label_loss(model: nn.Module, micro_batch: Digits) -> SumAndCount:
     """Cross-entropy in nats, summed, and the number of images."""
     images, labels = micro_batch
     return F.cross_entropy(model(images), labels, reduction="sum"), len(labels)
 
 
-def label_accuracy(model: nn.Module, micro_batch: Digits) -> SumAndWeight:
+def label_accuracy(model: nn.Module, micro_batch: Digits) -> SumAndCount:
     """The images whose digit was named right, and the number of images."""
     images, labels = micro_batch
     return (model(images).argmax(-1) == labels).sum(), len(labels)

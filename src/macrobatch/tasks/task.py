@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, default_collate
 
-SumAndWeight = tuple[Tensor, Tensor | float]  # a sum over the terms of a micro-batch, and how many terms there are
+SumAndCount = tuple[Tensor, Tensor | float]  # a sum over the terms of a micro-batch, and how many terms there are
 LossFunction = Callable[[nn.Module, Any], Any]
-Metric = Callable[[nn.Module, Any], SumAndWeight]
+Metric = Callable[[nn.Module, Any], SumAndCount]
 
 
 @dataclass(frozen=True, kw_only=True)
