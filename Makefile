@@ -37,7 +37,7 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "macrobatch needs Python 3.11 or later with venv; choose one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	@echo "Installing torch and the tools into .venv: once, 1 to 10 minutes depending on the network, about 1.5 GB on disk (more with a CUDA build of torch)."
+	@echo "Installing torch and the tools into .venv: once, 1 to 10 minutes depending on the network, about 1.6 GB on disk (more with a CUDA build of torch)."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'

@@ -292,6 +292,11 @@ def test_modules_and_functions_are_short_enough_to_read(module: str) -> None:
     assert not long, f"{module} has functions of more than 60 lines: {long}"
 
 
+def test_examples_fit_on_a_page_or_two() -> None:
+    lines = {name: text.count("\n") for name, text in text_files().items() if name.startswith("examples/")}
+    assert {name: count for name, count in lines.items() if count > 80} == {}, "an example has at most 80 lines"
+
+
 def test_no_file_names_a_place_on_one_machine() -> None:
     found = {name: MACHINE_PATH.findall(text) for name, text in text_files().items() if name != "tests/test_house.py"}
     assert {name: places for name, places in found.items() if places} == {}
