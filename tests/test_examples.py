@@ -1,10 +1,10 @@
 """Each example runs, is short, and has the gradient of its full batch in one piece; the textbook loop has another."""
 
+import functools
 import importlib.util
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import clear, difference, gradients, reference, textbook
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -33,35 +34,10 @@ def example(name: str) -> ModuleType:
     return module
 
 
-def gradients(model: nn.Module) -> list[Tensor]:
-    """A copy of every gradient, after which the model has none."""
-    copies = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    model.zero_grad()
-    return copies
-
-
-def error(mine: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    """The largest difference relative to the largest entry."""
-    assert len(mine) == len(reference) > 0
-    difference = max(float((a - b).abs().max()) for a, b in zip(mine, reference, strict=True))
-    return difference / max(float(b.abs().max()) for b in reference)
-
-
-def of(loss: Tensor, model: nn.Module) -> list[Tensor]:
-    """The gradient of a loss in one piece."""
-    loss.backward()
-    return gradients(model)
-
-
-def textbook(model: nn.Module, mean: Callable[[Any], Tensor], batch: Any, micro_batch_size: int) -> list[Tensor]:
-    """What the usual loop leaves: the micro-batches' means, summed and divided by their number."""
+def micro_batches_of(batch: Any, size: int) -> list[Any]:
+    """As the usual loop has them: the last one smaller."""
     n = structure.num_samples(batch)
-    micro_batches = [
-        structure.cut(batch, start, min(start + micro_batch_size, n)) for start in range(0, n, micro_batch_size)
-    ]
-    for micro_batch in micro_batches:
-        (mean(micro_batch) / len(micro_batches)).backward()
-    return gradients(model)
+    return [structure.cut(batch, start, min(start + size, n)) for start in range(0, n, size)]
 
 
 class Recorder(torch.optim.SGD):
@@ -106,12 +82,12 @@ def test_both_ways_of_the_quickstart_train_the_model_that_whole_batches_train(wa
     torch.manual_seed(1)
     model = module.network().double()
     getattr(module, way)(model, digits(module), epochs=2)
-    assert error([p.detach() for p in model.parameters()], trained_in_one_piece(module)) <= EXACT
+    assert difference([p.detach() for p in model.parameters()], trained_in_one_piece(module)) <= EXACT
 
 
 def test_the_textbook_loop_trains_another_model_than_the_quickstart() -> None:
     module = example("quickstart")
-    assert error(trained_in_one_piece(module, 32, accumulation_steps=8), trained_in_one_piece(module)) > WRONG
+    assert difference(trained_in_one_piece(module, 32, accumulation_steps=8), trained_in_one_piece(module)) > WRONG
 
 
 # ---- gan
@@ -131,11 +107,11 @@ def call(logits: Tensor, real: bool) -> Tensor:
 
 def test_the_generators_turn_has_the_full_batchs_gradient_and_leaves_none_in_the_discriminator() -> None:
     module, generator, discriminator, batch = gan()
-    reference = of(call(discriminator(generator(batch["noise"])), True), generator)
-    discriminator.zero_grad()
+    expected = reference(generator, lambda: call(discriminator(generator(batch["noise"])), True))
+    clear(discriminator)
     generators_turn, _ = module.accumulators(generator, discriminator, micro_batch_size=9)
     report = generators_turn.run(batch)
-    assert error(gradients(generator), reference) <= EXACT
+    assert difference(gradients(generator), expected) <= EXACT
     assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
     assert float(report.metrics["fooled"]) == float((discriminator(generator(batch["noise"])) > 0).double().mean())
 
@@ -143,19 +119,23 @@ def test_the_generators_turn_has_the_full_batchs_gradient_and_leaves_none_in_the
 def test_the_discriminators_turn_has_the_full_batchs_gradient_and_leaves_none_in_the_generator() -> None:
     module, generator, discriminator, batch = gan()
     fakes = generator(batch["noise"]).detach()
-    reference = of(call(discriminator(batch["images"]), True) + call(discriminator(fakes), False), discriminator)
+    expected = reference(
+        discriminator, lambda: call(discriminator(batch["images"]), True) + call(discriminator(fakes), False)
+    )
     _, discriminators_turn = module.accumulators(generator, discriminator, micro_batch_size=9)
     discriminators_turn.run(batch)
-    assert error(gradients(discriminator), reference) <= EXACT
+    assert difference(gradients(discriminator), expected) <= EXACT
     assert all(p.grad is None and p.requires_grad for p in generator.parameters())
 
 
 def test_the_textbook_gan_is_wrong_in_the_generator_and_fills_the_discriminator() -> None:
     _, generator, discriminator, batch = gan()
-    reference = of(call(discriminator(generator(batch["noise"])), True), generator)
-    discriminator.zero_grad()
-    wrong = textbook(generator, lambda part: call(discriminator(generator(part["noise"])), True), batch, 9)
-    assert error(wrong, reference) > WRONG
+    expected = reference(generator, lambda: call(discriminator(generator(batch["noise"])), True))
+    clear(discriminator)
+    wrong = textbook(
+        generator, lambda part: call(discriminator(generator(part["noise"])), True), micro_batches_of(batch, 9)
+    )
+    assert difference(wrong, expected) > WRONG
     assert any(bool(p.grad.any()) for p in discriminator.parameters() if p.grad is not None)
 
 
@@ -164,8 +144,8 @@ def test_the_textbook_gan_is_wrong_in_the_generator_and_fills_the_discriminator(
 
 def policy() -> tuple[ModuleType, nn.Module, dict[str, Tensor]]:
     module = example("policy_two_denominators")
-    policy, reference = module.Policy().double(), module.Policy().double()
-    batch, _ = module.rollout(policy, reference, num_sequences=23)
+    policy, start = module.Policy().double(), module.Policy().double()
+    batch, _ = module.rollout(policy, start, num_sequences=23)
     assert len(set(batch["mask"].sum(1).tolist())) > 3, "the sequences should differ in length"
     return module, policy, batch
 
@@ -181,24 +161,24 @@ def policy_mean(module: ModuleType, policy: nn.Module, batch: dict[str, Tensor])
 
 def test_the_policys_two_denominators_give_the_full_batchs_gradient() -> None:
     module, policy_model, batch = policy()
-    reference = of(policy_mean(module, policy_model, batch), policy_model)
+    expected = reference(policy_model, lambda: policy_mean(module, policy_model, batch))
     report = mb.Accumulator(policy_model, module.losses, micro_batch_size=5, count=module.count).run(batch)
-    assert error(gradients(policy_model), reference) <= EXACT
+    assert difference(gradients(policy_model), expected) <= EXACT
     assert report.loss_weight == {"policy": batch["mask"].sum(), "kl": 23}
     torch.testing.assert_close(report.loss, policy_mean(module, policy_model, batch).detach(), rtol=EXACT, atol=0)
 
 
 def test_the_policys_mean_of_means_and_its_one_denominator_are_wrong() -> None:
     module, policy_model, batch = policy()
-    reference = of(policy_mean(module, policy_model, batch), policy_model)
-    means = textbook(policy_model, lambda part: policy_mean(module, policy_model, part), batch, 5)
-    assert error(means, reference) > WRONG
+    expected = reference(policy_model, lambda: policy_mean(module, policy_model, batch))
+    means = textbook(policy_model, lambda part: policy_mean(module, policy_model, part), micro_batches_of(batch, 5))
+    assert difference(means, expected) > WRONG
 
     def folded(model: nn.Module, part: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return sum(module.losses(model, part).values()), part["mask"].sum()
 
     mb.Accumulator(policy_model, folded, micro_batch_size=5).run(batch)
-    assert error(gradients(policy_model), reference) > WRONG
+    assert difference(gradients(policy_model), expected) > WRONG
 
 
 def tasks() -> tuple[ModuleType, nn.Module, list[Tensor]]:
@@ -218,15 +198,17 @@ def tasks_mean(model: nn.Module, batch: list[Tensor]) -> Tensor:
 
 def test_two_tasks_with_their_own_masks_have_the_full_batchs_gradient() -> None:
     module, model, batch = tasks()
-    reference = of(tasks_mean(model, batch), model)
+    expected = reference(model, lambda: tasks_mean(model, batch))
     mb.Accumulator(model, module.losses, micro_batch_size=6, count=module.count).run(batch)
-    assert error(gradients(model), reference) <= EXACT
+    assert difference(gradients(model), expected) <= EXACT
 
 
 def test_the_textbook_loop_over_two_tasks_is_wrong() -> None:
     _, model, batch = tasks()
-    reference = of(tasks_mean(model, batch), model)
-    assert error(textbook(model, lambda part: tasks_mean(model, part), batch, 6), reference) > WRONG
+    expected = reference(model, lambda: tasks_mean(model, batch))
+    assert (
+        difference(textbook(model, lambda part: tasks_mean(model, part), micro_batches_of(batch, 6)), expected) > WRONG
+    )
 
 
 # ---- an existing loop
@@ -234,10 +216,14 @@ def test_the_textbook_loop_over_two_tasks_is_wrong() -> None:
 NUM_LINES, K = 100, 4  # 7 micro-batches of 16 lines and of 4, hence windows of 4 and of 3
 
 
-def windows_in_one_piece(module: ModuleType, model: nn.Module) -> list[list[Tensor]]:
+def windows_in_one_piece(module: ModuleType, model: nn.Module) -> list[list[Tensor | None]]:
     lines = module.loader(NUM_LINES).dataset
     pieces = [module.collate(lines[:64]), module.collate(lines[64:])]
-    return [of(F.cross_entropy(model(inputs), targets, ignore_index=-100), model) for inputs, targets in pieces]
+
+    def mean(inputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(model(inputs), targets, ignore_index=-100)
+
+    return [reference(model, functools.partial(mean, *piece)) for piece in pieces]
 
 
 def test_the_converted_loop_has_the_full_batchs_gradient_in_every_window() -> None:
@@ -245,7 +231,7 @@ def test_the_converted_loop_has_the_full_batchs_gradient_in_every_window() -> No
     model = module.NextByte().double()
     recorder = Recorder(model.parameters())
     module.after(model, module.loader(NUM_LINES), recorder, K)
-    errors = [error(*pair) for pair in zip(recorder.steps, windows_in_one_piece(module, model), strict=True)]
+    errors = [difference(*pair) for pair in zip(recorder.steps, windows_in_one_piece(module, model), strict=True)]
     assert len(errors) == 2
     assert max(errors) <= EXACT
 
@@ -255,10 +241,10 @@ def test_the_loop_before_has_a_wrong_gradient_and_never_makes_the_second_update(
     model = module.NextByte().double()
     recorder = Recorder(model.parameters())
     module.before(model, module.loader(NUM_LINES), recorder, K)
-    model.zero_grad()  # what it left for the next epoch
+    clear(model)  # what it left for the next epoch
     first, _ = windows_in_one_piece(module, model)
     assert len(recorder.steps) == 1
-    assert error(recorder.steps[0], first) > WRONG
+    assert difference(recorder.steps[0], first) > WRONG
 
 
 # ---- causal language model
@@ -278,16 +264,19 @@ def next_byte_mean(model: nn.Module, batch: Any) -> Tensor:
 
 def test_the_causal_language_model_has_the_full_batchs_gradient() -> None:
     module, model, batch = language_model()
-    reference = of(next_byte_mean(model, batch), model)
+    expected = reference(model, lambda: next_byte_mean(model, batch))
     report = mb.Accumulator(model, module.next_byte_loss, micro_batch_size=3).run(batch)
-    assert error(gradients(model), reference) <= EXACT
+    assert difference(gradients(model), expected) <= EXACT
     assert report.micro_batch_sizes == (3, 3, 3, 2, 2)
 
 
 def test_the_textbook_causal_language_model_is_wrong_and_its_bare_loss_is_caught() -> None:
     _, model, batch = language_model()
-    reference = of(next_byte_mean(model, batch), model)
-    assert error(textbook(model, lambda part: next_byte_mean(model, part), batch, 3), reference) > WRONG
+    expected = reference(model, lambda: next_byte_mean(model, batch))
+    assert (
+        difference(textbook(model, lambda part: next_byte_mean(model, part), micro_batches_of(batch, 3)), expected)
+        > WRONG
+    )
     with pytest.raises(ValueError, match="almost surely a mean over valid tokens"):
         mb.Accumulator(model, lambda model, part: model(**part).loss, micro_batch_size=3).run(batch)
 
@@ -315,4 +304,4 @@ def test_an_example_runs_as_the_command_that_it_names() -> None:
 def test_the_example_is_short_and_begins_with_its_command(name: str) -> None:
     text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
     assert text.count("\n") <= 80
-    assert re.match(rf'"""python examples/{name}\.py: \S', text)
+    assert text.startswith(f'"""python examples/{name}.py: ')
