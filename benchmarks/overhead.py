@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 import macrobatch as mb
 
@@ -41,6 +41,7 @@ class SmallTransformer(nn.Module):
         self.head = nn.Linear(64, 256)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, T) to scores."""
         return self.head(self.encoder(self.embedding(tokens))).transpose(1, 2)  # (B, 256, T), as cross_entropy wants
 
 

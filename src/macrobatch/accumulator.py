@@ -34,7 +34,7 @@ LossFn = Callable[[Any, Nested], Any]
 
 
 class Accumulator:
-    """Runs windows through `loss_fn(model, micro_batch)`: exact gradients of the effective batch at the memory of one micro-batch.
+    """Runs windows through `loss_fn(model, micro_batch)`: the effective batch's gradient in a micro-batch's memory.
 
     `model`: a module or a sequence of modules, handed to `loss_fn` as it is; trained are its parameters and those of
     `loss_fn`, if that is a module. `loss_fn` returns `(loss_sum, loss_weight)`, a scalar mean over samples, a
@@ -86,9 +86,9 @@ class Accumulator:
     def run(self, batch: Nested, *, add: bool = False) -> Report:
         """`p.grad` is the gradient of the effective batch's mean loss; nothing else changed but buffers and RNG.
 
-        `batch`: a Window, or a collated batch that is cut by `micro_batch_size`. With `add` the gradient is added to what
-        `p.grad` holds; otherwise gradients left from before are a ValueError. Under a process group every rank calls
-        it, with its own samples, or with `Window([])`. If it raises, gradients are as before.
+        `batch`: a Window, or a collated batch that is cut by `micro_batch_size`. With `add` the gradient is added to
+        what `p.grad` holds; otherwise gradients left from before are a ValueError. Under a process group every rank
+        calls it, with its own samples, or with `Window([])`. If it raises, gradients are as before.
         """
         with Frozen(self._frozen), WindowGradients(self._modules, self._grad_dtype, add) as gradients:
             pass_ = _Pass(self, gradients.parameters)
@@ -202,8 +202,8 @@ class _Pass:
         for name, loss_sum in terms.sums.items():
             if not loss_sum.requires_grad:
                 raise ValueError(
-                    f"the {name} does not depend on any trainable parameter (it requires no gradient): was it detached, "
-                    "or computed under torch.no_grad()? For a micro-batch without terms return (0, 0)"
+                    f"the {name} does not depend on any trainable parameter (it requires no gradient): was it "
+                    "detached, or computed under torch.no_grad()? For a micro-batch without terms return (0, 0)"
                 )
         losses = list(terms.sums.values())
         is_first = self.accumulator._exponent is None

@@ -78,7 +78,7 @@ class Window:
     def of_parts(
         cls, batch: Nested, largest: int, own_cut: Cut | None = None, num_samples: NumSamples = structure.num_samples
     ) -> "Window":
-        """`batch` cut into micro-batches of at most `largest` samples, sizes differing by at most one (25, 25, 25, 25)."""
+        """`batch` cut into micro-batches of at most `largest` samples whose sizes differ by at most one."""
         window = cls([], num_samples=num_samples)
         window._sizes = even_sizes(num_samples(batch), check_size(largest))
         window._filled = cut_batch(batch, window._sizes, own_cut)

@@ -44,8 +44,8 @@ class SumLoss(nn.Module):
             mean = criterion(*arguments)
         if not torch.allclose(losses.detach().sum() / terms, mean, rtol=1e-3, equal_nan=True):
             raise ValueError(
-                f"the mean of {_name(criterion)} is not the mean of its losses under reduction='none', so its denominator "
-                "is unknown: return (loss_sum, loss_weight) from a loss_fn of your own"
+                f"the mean of {_name(criterion)} is not the mean of its losses under reduction='none', so its "
+                "denominator is unknown: return (loss_sum, loss_weight) from a loss_fn of your own"
             )
 
 

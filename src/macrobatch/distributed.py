@@ -2,8 +2,8 @@
 
 One process is the same code with a group of one. Gradients of parameters inside a DistributedDataParallel are reduced
 by it, once per window, overlapped with the last micro-batch's backward. Everything else is reduced explicitly after
-it: parameters outside of DDP (a temperature in the loss), gradients kept in float32 that DDP's buckets reject, and all of them
-in a window in which some rank has no micro-batch.
+it: parameters outside of DDP (a temperature in the loss), gradients kept in float32 that DDP's buckets reject, and all
+of them in a window in which some rank has no micro-batch.
 """
 
 from collections.abc import Iterable, Sequence
@@ -92,10 +92,10 @@ class Ranks:
 
 
 class GradientReduction:
-    """Within the context, DDP modules communicate only in the micro-batch announced as the last; `finish` does the rest.
+    """Within the context, DDP communicates only in the micro-batch announced as the last; `finish` does the rest.
 
-    `overlaps`: whether DDP may reduce in the last backward. It may not where a rank has no micro-batch or where gradients are
-    of another dtype than the parameters. What DDP was set to is put back at the end.
+    `overlaps`: whether DDP may reduce in the last backward: not where a rank has no micro-batch, nor where gradients
+    are of another dtype than the parameters. What DDP was set to is put back at the end.
     """
 
     def __init__(
@@ -110,8 +110,9 @@ class GradientReduction:
         self._before = [(ddp.require_backward_grad_sync, ddp.require_forward_param_sync) for ddp in self._replicas]
         for ddp in self._replicas:
             ddp.require_backward_grad_sync = False
-            if not self._everyone_runs:  # a rank without a forward would be missing in the broadcast of buffers
-                ddp.require_forward_param_sync = False
+            if not self._everyone_runs:  # a rank without a forward would be missing in what DDP communicates there
+                ddp.require_forward_param_sync = False  # the broadcast of buffers
+                ddp.reducer._rebuild_buckets()  # the new order of buckets, once after the first reduction
         return self
 
     def __exit__(
@@ -160,7 +161,7 @@ def _reduced_by(ddp: DistributedDataParallel) -> Iterable[nn.Parameter]:
 def _sum_gradients(
     parameters: Sequence[nn.Parameter], gradients: list[Tensor | None], which: Sequence[int], ranks: Ranks
 ) -> None:
-    """Sum `gradients[j]` over ranks for each j in `which`; who has none where another rank has one takes part with zeros."""
+    """Sum `gradients[j]` over ranks for each j in `which`; where only some ranks have one, the others give zeros."""
     if not which:
         return
     mine = torch.tensor([_dtype_code(gradients[j]) for j in which])

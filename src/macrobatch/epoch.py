@@ -29,12 +29,12 @@ def train_epoch(
     autocast: torch.dtype | AbstractContextManager[Any] | None = None,
     scaler: GradScaler | None = None,
 ) -> float:
-    """The model has seen every `(inputs, targets)` of `dataloader` once, with one update per `accumulation_steps` of them.
+    """The model has seen every batch of `dataloader` once, with one update for each `accumulation_steps` of them.
 
-    Each update follows the gradient of the mean loss over all its samples (valid targets, class weights), also when the last
-    micro-batch is smaller or the last window shorter. Clipping by `max_norm` and `scheduler.step()` happen once per
-    update, the latter only where it was applied. Returns the mean loss over the epoch. ValueError for a loader without data
-    or a criterion whose mean is unknown.
+    `dataloader` gives (inputs, targets). Each update follows the gradient of the mean loss over all its samples (valid
+    targets, class weights), also when the last micro-batch is smaller or the last window shorter. Clipping by
+    `max_norm` and `scheduler.step()` happen once for each update, the latter only where it was applied. Returns the
+    mean loss over the epoch. ValueError for a loader without data or a criterion whose mean is unknown.
     """
     model.train()
     accumulator = Accumulator(model, sum_loss(criterion), device=device, autocast=autocast, scaler=scaler)

@@ -1,4 +1,4 @@
-"""The gradients of a window: which parameters have them, that none are left over, in what dtype they add up, how they end.
+"""The gradients of a window: of which parameters, none left over, in what dtype they add up, and how they end.
 
 Low-precision parameters accumulate in float32: bf16 additions lose 4e-3 after 16 micro-batches and stall at 256.
 """
@@ -23,7 +23,7 @@ def submodules(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
         if id(module) not in seen:
             seen.add(id(module))
             yield module
-            stack.extend(child for child in module._modules.values() if child is not None)
+            stack.extend(child for child in reversed(module._modules.values()) if child is not None)
 
 
 def trainable(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
@@ -190,9 +190,9 @@ def refuse_step_hooks(parameters: Sequence[nn.Parameter], modules: Sequence[nn.M
     for p in parameters:
         if getattr(p, "_post_accumulate_grad_hooks", None):
             raise ValueError(
-                f"parameter {name_of(p, modules)!r} has a hook from register_post_accumulate_grad_hook, which fires for "
-                "each micro-batch, not once for the effective batch. Remove it (an optimizer step fused into backward cannot "
-                "be combined with accumulation) and call apply_update after run"
+                f"parameter {name_of(p, modules)!r} has a hook from register_post_accumulate_grad_hook, which fires "
+                "for each micro-batch, not once for the effective batch. Remove it (an optimizer step fused into "
+                "backward cannot be combined with accumulation) and call apply_update after run"
             )
 
 

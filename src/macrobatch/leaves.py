@@ -1,4 +1,4 @@
-"""Trainable tensors that a loss depends on without the accumulator knowing: their gradient would stay an undivided sum."""
+"""Trainable tensors that a loss depends on unknown to the accumulator: their gradient would be an undivided sum."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +11,8 @@ from torch.utils.weak import TensorWeakRef
 class StrayLeaves:
     """The leaves of a loss graph that are not among `parameters`.
 
-    A parameter is refused before backward. Any other leaf may be temporary, made by the loss_fn itself (a gradient penalty
-    does that): it is refused by `refuse_survivors` if it outlives the graph.
+    A parameter is refused before backward. Any other leaf may be temporary, made by the loss_fn itself (a gradient
+    penalty does that): it is refused by `refuse_survivors` if it outlives the graph.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ def _message(leaf: Tensor, loss_fn: Callable[..., Any]) -> str:
     name = _name_in(loss_fn, leaf)
     which = f"{name!r}, " if name else ""
     return (
-        f"the loss depends on a trainable tensor outside of the model: {which}shape {tuple(leaf.shape)}. Its gradient would "
-        "be a raw sum. Make it part of the model, or give Accumulator([model, other_module], ...) a list, or make the "
-        "loss_fn an nn.Module that owns it, or, if it is not to be trained here, name its module in frozen=[...]"
+        f"the loss depends on a trainable tensor outside of the model: {which}shape {tuple(leaf.shape)}. Its gradient "
+        "would be a raw sum. Make it part of the model, or give Accumulator([model, other_module], ...) a list, or make "
+        "the loss_fn an nn.Module that owns it, or, if it is not to be trained here, name its module in frozen=[...]"
     )
 
 

@@ -1,7 +1,7 @@
 """For loops that own forward and backward: the window's micro-batches, each with the share its loss sum counts for.
 
-The same arithmetic as `Accumulator`, with the division up front: the total is counted before the first forward, and each
-backward runs on `loss_sum / total`. In float16 that may underflow; there use the Accumulator.
+The same arithmetic as `Accumulator`, with the division up front: the total is counted before the first forward, and
+each backward runs on `loss_sum / total`. In float16 that may underflow; there use the Accumulator.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,9 +26,10 @@ class accumulate:
     """`with accumulate(window, model) as steps: for micro_batch, share in steps: (loss_sum * share).backward()`.
 
     After the block `p.grad` of the parameters of `model` (a module or several) is the gradient of the effective batch's
-    mean. `count(micro_batch)` tells the number of loss terms, or `{name: number}`, and then `share` is `{name: share}`; without
-    it, samples count. DDP communicates once, in the last micro-batch. Leaving the loop early is a RuntimeError; after
-    any error gradients are as before. Gradients left from before, and an empty effective batch, are a ValueError.
+    mean. `count(micro_batch)` tells the number of loss terms, or `{name: number}`, and then `share` is `{name:
+    share}`; without it, samples count. DDP communicates once, in the last micro-batch. Leaving the loop early is a
+    RuntimeError; after any error gradients are as before. Gradients left from before, and an empty effective batch,
+    are a ValueError.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class accumulate:
         overlaps = self._gradients.match_parameters and everyone_runs
         self._reduction = GradientReduction(replicas, self._ranks, overlaps, everyone_runs)
         self._reduction.__enter__()
-        # DDP averages over ranks, so a share counts for all of them; what is summed instead is divided again at the end.
+        # DDP averages over ranks, so a share counts for all of them; what is summed is divided again at the end.
         shares = {name: ratio(float(self._ranks.size), total) for name, total in totals.items()}
         return self._steps(shares if list(shares) != [LOSS] else shares[LOSS], device)
 

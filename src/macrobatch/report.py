@@ -16,8 +16,8 @@ class Report:
 
     `loss`: shape (), the mean over the effective batch, on the device (reading it is the host sync); NaN without terms.
     `loss_weight`: what the sum was divided by, shape (), or `{name: shape ()}` for several denominators.
-    `metrics`: `{name: mean}`, each of shape (). `micro_batch_sizes`: samples in each. `loss_weights`: as the loss_fn gave
-    them. `retries`: micro-batches that were run again. `parameters`, `scaler` and `process_group` are what
+    `metrics`: `{name: mean}`, each of shape (). `micro_batch_sizes`: samples in each. `loss_weights`: as the loss_fn
+    gave them. `retries`: micro-batches that were run again. `parameters`, `scaler` and `process_group` are what
     `apply_update` needs.
     """
 
@@ -44,6 +44,6 @@ class Report:
 
     @property
     def has_terms(self) -> Tensor:
-        """Whether the loss averaged over anything, shape (), bool, on the device: if not, there is nothing to step on."""
+        """Whether the loss averaged over anything, shape (), bool, on the device: if not, there is no step to make."""
         weights = self.loss_weight.values() if isinstance(self.loss_weight, Mapping) else [self.loss_weight]
         return sum(weight.abs() for weight in weights) > 0  # type: ignore[return-value]

@@ -116,7 +116,7 @@ def denominator(name: str, totals: Mapping[str, Tensor]) -> Tensor:
 
 
 def ratio(numerator: float | Tensor, divisor: Tensor) -> float | Tensor:
-    """`numerator / divisor`, 0 where the divisor is 0 (nothing to divide), as a number where reading it costs no sync."""
+    """`numerator / divisor`, 0 where the divisor is 0; as a number where reading it costs no sync."""
     value = known(divisor)
     if value is not None and not isinstance(numerator, Tensor):
         return numerator / value if value else 0.0

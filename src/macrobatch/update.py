@@ -15,7 +15,7 @@ from macrobatch.report import Report
 
 @dataclass(frozen=True)
 class Update:
-    """What became of the gradients. `grad_norm`: shape (), the 2-norm of all of them before clipping. `applied`: stepped."""
+    """What became of the gradients. `grad_norm`: shape (), their 2-norm before clipping. `applied`: stepped."""
 
     grad_norm: Tensor
     applied: bool

@@ -38,7 +38,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Terms:
-    """A loss in normal form: `sums[name] * multiplier` is a sum of `weight` terms; sums given as the number 0 are left out."""
+    """A loss in normal form: `sums[name] * multiplier` sums `weight` terms; a sum given as the number 0 is left out."""
 
     sums: dict[str, Tensor]
     multiplier: int
@@ -87,13 +87,14 @@ def _checked_sum(value: Any, name: str) -> Tensor:
         raise ValueError(f"the {name} is a {type(value).__name__}, not a tensor. {FORMS}")
     if value.ndim:
         raise ValueError(
-            f"the {name} has shape {tuple(value.shape)}, not (): return (losses.sum(), losses.numel()) for losses per term"
+            f"the {name} has shape {tuple(value.shape)}, not (): for losses per term return "
+            "(losses.sum(), losses.numel())"
         )
     return value
 
 
 def checked_count(weight: Any, name: str) -> Count:
-    """`weight` as a number or a tensor of shape (). ValueError if it is negative or not finite, where that costs no sync."""
+    """`weight` as a number or a tensor of shape (). ValueError if negative or not finite, where that costs no sync."""
     if isinstance(weight, Tensor):
         if weight.numel() != 1:
             raise ValueError(f"{name} has shape {tuple(weight.shape)}, not (): sum it over the micro-batch's terms")
@@ -109,12 +110,12 @@ def checked_count(weight: Any, name: str) -> Count:
 def known(weight: Count) -> float | None:
     """The value of a count where reading it costs no host sync, else None."""
     if isinstance(weight, Tensor):
-        return float(weight) if weight.device.type == "cpu" else None
+        return weight.item() if weight.device.type == "cpu" else None
     return float(weight)
 
 
 def refuse_bare_token_mean(micro_batch: Nested) -> None:
-    """ValueError if `micro_batch` holds ignore labels, so that a bare scalar is almost surely a mean over valid tokens."""
+    """ValueError if `micro_batch` holds ignore labels: a bare scalar is then almost surely a mean over valid tokens."""
     for leaf in tensors(micro_batch):
         label = _ignore_label(leaf)
         if label is None:
