@@ -241,6 +241,23 @@ def a_masked_last_micro_batch_still_joins(world: int) -> None:
             close(gradients(model), expected)
 
 
+def a_rank_whose_whole_share_is_masked_joins(world: int) -> None:
+    batch, sizes = everything(sum(sizes_for(world))), sizes_for(world)
+    batch["labels"][: sizes[0]] = -100  # all of rank 0
+    model = tagger()
+    expected = expected_for(model, batch)
+
+    def loss_fn(m: nn.Module, b: Batch) -> tuple[object, object]:
+        loss, valid = token_sum(m, b)
+        return (loss, valid) if valid > 0 else (0, 0)
+
+    accumulator = mb.Accumulator(DDP(model), loss_fn, micro_batch_size=2)
+    for _ in range(2):
+        clear(model)
+        accumulator.run(share_of(batch, sizes))
+        close(gradients(model), expected)
+
+
 def parameters_unused_in_some_micro_batches_are_right(world: int) -> None:
     batch, sizes = everything(sum(sizes_for(world))), sizes_for(world)
     model = tagger(sometimes_unused=True)

@@ -543,6 +543,21 @@ def test_a_trainable_tensor_outside_the_model_that_outlives_the_loss_is_named_an
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_stray_parameter_is_refused_again_by_the_next_run_and_after_evaluate() -> None:
+    temperature, model = nn.Parameter(torch.ones((), dtype=torch.float64)), regressor()
+    accumulator = mb.Accumulator(model, lambda m, b: mean_square(m, b) * temperature, micro_batch_size=4)
+    accumulator.evaluate(points())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="outside of the model"):
+            accumulator.run(points())
+
+
+def test_a_frozen_model_can_be_evaluated() -> None:
+    model, batch = regressor().requires_grad_(False), points()
+    report = mb.Accumulator(model, mean_square, micro_batch_size=4).evaluate(batch)
+    assert abs(float(report.loss) - mean_square(model, batch).item()) <= EXACT
+
+
 def test_a_module_used_by_the_loss_but_not_given_is_named() -> None:
     critic = nn.Linear(1, 1).double()
     with pytest.raises(ValueError, match=r"'critic.weight', shape \(1, 1\).*frozen="):

@@ -22,13 +22,13 @@ from macrobatch import structure
 from macrobatch.batch import Cut, NumSamples, Window, check_size
 from macrobatch.devices import device_of, on_device
 from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks, is_distributed
-from macrobatch.gradients import Frozen, WindowGradients, ddp_modules, modules_of, multiply_, trainable
+from macrobatch.gradients import Frozen, WindowGradients, ddp_modules, modules_of, multiply_
 from macrobatch.leaves import StrayLeaves
 from macrobatch.report import Report
 from macrobatch.structure import Nested
 from macrobatch.tally import CountFn, Tally, count_window, denominator, ratio
 from macrobatch.unscaling import Unscaler
-from macrobatch.weighting import LOSS, Terms, refuse_bare_token_mean, terms_of
+from macrobatch.weighting import LOSS, Terms, checked_count, refuse_bare_token_mean, terms_of
 
 LossFn = Callable[[Any, Nested], Any]
 
@@ -82,6 +82,7 @@ class Accumulator:
         self._process_group = process_group
         self._names: tuple[str, ...] | None = None  # of sums and metrics; agreed in the first window
         self._exponent: int | None = None  # of the seed; agreed in the first window
+        self._knows_leaves = False  # whether a loss graph was searched for trainable tensors outside of the model
 
     def run(self, batch: Nested, *, add: bool = False) -> Report:
         """`p.grad` is the gradient of the effective batch's mean loss; nothing else changed but buffers and RNG.
@@ -113,7 +114,7 @@ class Accumulator:
     def evaluate(self, batch: Nested) -> Report:
         """The Report that `run` would give, without gradients; the model's mode (train or eval) stays the caller's."""
         with torch.no_grad():
-            pass_ = _Pass(self, trainable(self._modules))
+            pass_ = _Pass(self, [p for module in self._modules for p in module.parameters()])
             window, _ = self._agree_on_window(batch, pass_.ranks)
             pass_.count(window)
             with GradientReduction(pass_.replicas, pass_.ranks, overlaps=False, everyone_runs=False):
@@ -161,7 +162,7 @@ class _Pass:
 
     def __init__(self, accumulator: Accumulator, parameters: Sequence[nn.Parameter]) -> None:
         if not parameters:
-            raise ValueError("the model has no parameter that requires a gradient: nothing to train")
+            raise ValueError("the model has no parameter that requires a gradient")
         self.accumulator = accumulator
         self.parameters = parameters
         self.replicas = ddp_modules(accumulator._modules) if is_distributed() else []
@@ -196,8 +197,10 @@ class _Pass:
     def forward_backward(self, micro_batch: Nested, num_samples: int, reduction: GradientReduction) -> None:
         """The gradient of the micro-batch's sum, times the seed, is added to `p.grad`."""
         terms = self.forward(micro_batch, num_samples)
-        if terms.is_empty:
-            reduction.join_without_terms()  # backward of 0 terms would be 0, or NaN
+        if terms.is_empty:  # its backward would give 0, or NaN
+            if self.ranks.size > 1:
+                self.agree_on_exponent()  # in step with the ranks that have terms
+            reduction.join_without_terms()
             return
         for name, loss_sum in terms.sums.items():
             if not loss_sum.requires_grad:
@@ -205,15 +208,16 @@ class _Pass:
                     f"the {name} does not depend on any trainable parameter (it requires no gradient): was it "
                     "detached, or computed under torch.no_grad()? For a micro-batch without terms return (0, 0)"
                 )
+        self.agree_on_exponent(terms)
         losses = list(terms.sums.values())
-        is_first = self.accumulator._exponent is None
-        if is_first:
-            self.agree_on_exponent(terms)
+        strays = None
+        if not self.accumulator._knows_leaves:
             strays = StrayLeaves(losses, self.parameters, self.accumulator.loss_fn)
         torch.autograd.backward(losses, [self._seed(name, terms) for name in terms.sums])
-        if is_first:
+        if strays is not None:
             del terms, losses, loss_sum  # the graph must be gone
             strays.refuse_survivors()
+            self.accumulator._knows_leaves = True
 
     def agree_on_exponent(self, terms: Terms | None = None) -> None:
         """The accumulator's seed is fixed, on all ranks alike: 2**-exponent is near 1 / (terms in a micro-batch)."""
@@ -239,6 +243,9 @@ class _Pass:
     def settle(self) -> None:
         """The totals over the window and over ranks are known."""
         accumulator = self.accumulator
+        if self._is_first:  # weights on the device are looked at this once; those on the CPU always are
+            for weight in self._tally.weights:
+                checked_count(weight.cpu() if isinstance(weight, Tensor) else weight, "loss_weight")
         if accumulator._names is None or self.ranks.size == 1:
             expected = [f"sum {name}" for name in self._counts or [LOSS]]
             accumulator._names = self.ranks.union([*self._tally.columns, *expected])

@@ -53,7 +53,7 @@ def _message(leaf: Tensor, loss_fn: Callable[..., Any]) -> str:
     which = f"{name!r}, " if name else ""
     return (
         f"the loss depends on a trainable tensor outside of the model: {which}shape {tuple(leaf.shape)}. Its gradient "
-        "would be a raw sum. Make it part of the model, or give Accumulator([model, other_module], ...) a list, or make "
+        "would be a raw sum. Make it part of the model, or give Accumulator([model, other], ...) a list, or make "
         "the loss_fn an nn.Module that owns it, or, if it is not to be trained here, name its module in frozen=[...]"
     )
 

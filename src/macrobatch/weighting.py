@@ -110,7 +110,7 @@ def checked_count(weight: Any, name: str) -> Count:
 def known(weight: Count) -> float | None:
     """The value of a count where reading it costs no host sync, else None."""
     if isinstance(weight, Tensor):
-        return weight.item() if weight.device.type == "cpu" else None
+        return float(weight.item()) if weight.device.type == "cpu" else None
     return float(weight)
 
 
