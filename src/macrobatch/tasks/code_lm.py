@@ -45,8 +45,8 @@ def code_lm(
         base_batch_size=128,
         metrics={"bits per byte": bits_per_byte, "accuracy": next_byte_accuracy},
         description=(
-            f"byte-level decoder Transformer, d={d_model}, {num_layers} layers, context {context}, on {num_files} files "
-            f"of {'Python source in ' + root if root else 'the Python standard library'}: "
+            f"byte-level decoder Transformer, d={d_model}, {num_layers} layers, context {context}, on {num_files} "
+            f"files of {'Python source in ' + root if root else 'the Python standard library'}: "
             f"{train.num_bytes / 1e6:.1f} MB to train, {validation.num_bytes / 1e6:.1f} MB for validation"
         ),
     )

@@ -1,0 +1,5 @@
+"""`python -m macrobatch.cli`: the same as the command `macrobatch`."""
+
+from macrobatch.cli import main
+
+main()

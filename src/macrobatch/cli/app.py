@@ -1,0 +1,187 @@
+"""The commands and their options: what is asked for is checked here, before any work."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from macrobatch.cli import setup
+from macrobatch.cli.errors import short_errors
+from macrobatch.cli.runfiles import new_folder
+from macrobatch.memory import parse_bytes
+from macrobatch.tasks import load_task, parse_task_option, task_names
+
+app = typer.Typer(
+    name="macrobatch",
+    help="Any effective batch size on any memory budget, with the gradient of the full batch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _micro_batch_size(text: str) -> int:
+    if text == "auto":
+        raise typer.BadParameter("auto is not there yet: give a number, the most samples that fit into memory at once")
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"a number of samples, at least 1, is needed; got {text!r}")
+    return int(text)
+
+
+def _memory(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _above_zero(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise typer.BadParameter(f"a number above 0 is needed; got {text!r}")
+
+
+def _task_option(text: str) -> tuple[str, Any]:
+    try:
+        return parse_task_option(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+# The options that both commands have, each with its one explanation.
+TaskName = Annotated[
+    str, typer.Option("--task", help=f"{', '.join(task_names())}, or package.module:function of your own.")
+]
+TaskOptions = Annotated[
+    list[Any] | None,
+    typer.Option("--task-option", parser=_task_option, metavar="NAME=VALUE", help="An option of the task; repeatable."),
+]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Samples in an update: the effective batch.  [the task's]")]
+MicroBatchSize = Annotated[
+    int | None,
+    typer.Option(parser=_micro_batch_size, metavar="N", help="Samples in memory at once.  [the task's]"),
+]
+MaxMemory = Annotated[
+    int | None,
+    typer.Option(parser=_memory, metavar="BYTES", help="The most memory for tensors, such as 6GB or 500MB."),
+]
+LearningRate = Annotated[
+    float | None, typer.Option("--lr", parser=_above_zero, metavar="RATE", help="Learning rate.  [the task's]")
+]
+Samples = Annotated[int | None, typer.Option(min=1, help="Train on this many samples.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of initial weights and of the order of samples.")]
+DeviceName = Annotated[setup.Device, typer.Option(help="Where to compute.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(help="A new folder for the results; if it holds something, NAME-2 and so on.  [runs/TASK]"),
+]
+
+
+@app.command()
+def train(
+    task: TaskName = "code-lm",
+    task_option: TaskOptions = None,
+    batch_size: BatchSize = None,
+    micro_batch_size: MicroBatchSize = None,
+    max_memory: MaxMemory = None,
+    lr: LearningRate = None,
+    base_batch_size: Annotated[
+        int | None, typer.Option(min=1, help="The batch size that the learning rate was tuned for.")
+    ] = None,
+    scaling: Annotated[
+        setup.Scaling, typer.Option(help="Learning rate by batch size ratio: linear for SGD, sqrt for Adam.")
+    ] = "none",
+    schedule: Annotated[setup.Schedule, typer.Option(help="Learning rate over the run.")] = "constant",
+    warmup: Annotated[int, typer.Option(min=0, help="Updates in which the learning rate rises to its value.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Train for this many updates.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data.  [1]")] = None,
+    samples: Samples = None,
+    max_norm: Annotated[
+        float | None, typer.Option(parser=_above_zero, metavar="NORM", help="Clip the gradient of the update to this.")
+    ] = None,
+    precision: Annotated[setup.Precision, typer.Option(help="Of matrix products; weights stay fp32.")] = "fp32",
+    device: DeviceName = "auto",
+    seed: Seed = 0,
+    output: Output = None,
+) -> None:
+    """Train a task with an effective batch of any size, in micro-batches that fit into memory."""
+    from macrobatch.cli.run import Run, TrainOptions
+    from macrobatch.cli.train import train as train_run
+
+    options = TrainOptions(
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        max_memory=max_memory,
+        learning_rate=lr,
+        base_batch_size=base_batch_size,
+        scaling=scaling,
+        schedule=schedule,
+        warmup=warmup,
+        updates=steps,
+        epochs=epochs,
+        samples=samples,
+        max_norm=max_norm,
+        precision=precision,
+        device=device,
+        seed=seed,
+    )
+    with _command(output or Path("runs") / _folder_name(task)) as (console, folder):
+        run = Run(load_task(task, seed=seed, **dict(task_option or [])), options)
+        code = train_run(run, folder, console)
+    raise typer.Exit(code)
+
+
+@app.command()
+def compare(
+    task: TaskName = "code-lm",
+    task_option: TaskOptions = None,
+    batch_size: BatchSize = None,
+    micro_batch_size: MicroBatchSize = None,
+    max_memory: MaxMemory = None,
+    lr: LearningRate = None,
+    samples: Samples = 8192,
+    draws: Annotated[int, typer.Option(min=64, help="Gradients drawn to measure their variance.")] = 64,
+    device: DeviceName = "auto",
+    seed: Seed = 0,
+    output: Output = None,
+) -> None:
+    """Small batch, accumulation and native large batch on the same samples, side by side in one report."""
+    from macrobatch.cli.compare import CompareOptions
+    from macrobatch.cli.compare import compare as compare_ways
+
+    options = CompareOptions(
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        max_memory=max_memory,
+        learning_rate=lr,
+        samples=samples or 8192,
+        draws=draws,
+        device=device,
+        seed=seed,
+    )
+    with _command(output or Path("runs") / f"compare-{_folder_name(task)}") as (console, folder):
+        compare_ways(load_task(task, seed=seed, **dict(task_option or [])), options, folder, console)
+
+
+def _folder_name(task: str) -> str:
+    return task.rpartition(":")[2] or "task"
+
+
+@contextmanager
+def _command(wanted: Path) -> Iterator[tuple[Console, Path]]:
+    """A console and a new output folder; mistakes and Ctrl-C end in a line and an exit code; no empty folder is left."""
+    console, mistakes = Console(highlight=False), Console(stderr=True, highlight=False)
+    with short_errors(mistakes):
+        folder = new_folder(wanted)
+        try:
+            yield console, folder
+        except KeyboardInterrupt:
+            mistakes.print("interrupted; what is not in the output folder is lost")
+            raise typer.Exit(130) from None
+        finally:
+            with suppress(OSError):
+                folder.rmdir()  # only if nothing was written

@@ -1,0 +1,172 @@
+"""What `macrobatch compare` measures, as values: three ways through the same samples, and everything known of each."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from macrobatch.cli.validation import Validation
+
+Key = Literal["small", "accumulated", "native"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way through the samples: how many make an update, and how many of them are in memory at once."""
+
+    key: Key
+    name: str
+    update_size: int
+    micro_batch_size: int
+
+
+def three_ways(batch_size: int, micro_batch_size: int) -> tuple[Way, Way, Way]:
+    """Small batch, accumulation, native large batch: the second has the first's memory and the third's update."""
+    return (
+        Way("small", "small batch", micro_batch_size, micro_batch_size),
+        Way("accumulated", "accumulation", batch_size, micro_batch_size),
+        Way("native", "native large batch", batch_size, batch_size),
+    )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured number and its standard error."""
+
+    value: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak bytes of tensors in two updates: parameters, gradients, optimizer state, activations and input.
+
+    `fits` is False where that is more than the budget or the device has; `peak_bytes` is then a lower bound, or None.
+    """
+
+    peak_bytes: int | None
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Course:
+    """The training of one way. Curves are pairs of samples seen and loss; seconds are of computing, without loading.
+
+    `window_seconds` and `window_samples`: per effective batch, whatever number of updates it was for this way.
+    """
+
+    losses: Sequence[tuple[int, float]]
+    validation_losses: Sequence[tuple[int, float]]
+    final: Validation
+    update_seconds: Sequence[float]
+    window_seconds: Sequence[float]
+    window_samples: Sequence[int]
+    skipped: int
+
+    @property
+    def seconds_per_update(self) -> float:
+        """The median, the first window apart."""
+        return statistics.median(_steady(self.update_seconds))
+
+    @property
+    def samples_per_second(self) -> float:
+        """The median over effective batches, the first apart."""
+        rates = [n / seconds for n, seconds in zip(self.window_samples, self.window_seconds, strict=True)]
+        return statistics.median(_steady(rates))
+
+
+@dataclass(frozen=True)
+class Result:
+    """One way, measured; without `course` and `variance` where it does not fit."""
+
+    way: Way
+    memory: Memory
+    course: Course | None = None
+    variance: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything measured, with the settings it was measured at.
+
+    `variances`: update size to the trace of the covariance of an update's gradient at common parameters.
+    `gradient_squared`: the squared norm of the mean gradient there, without bias. `gradient_difference`: the largest
+    relative difference between accumulated and native gradient of the same samples; None where not measured.
+    `noisy_layers`: modules whose result depends on how a batch is cut (BatchNorm), or is random (dropout).
+    """
+
+    task: str
+    description: str
+    device: str
+    num_parameters: int
+    data_size: int
+    batch_size: int
+    micro_batch_size: int
+    samples: int
+    learning_rate: float
+    seed: int
+    draws: int
+    max_memory: int | None
+    results: Mapping[Key, Result]
+    variances: Mapping[int, Estimate]
+    gradient_squared: Estimate
+    gradient_difference: float | None
+    noisy_layers: Sequence[str]
+
+    def expected_variance_ratio(self, size: int, base: int) -> float:
+        """Variance at `size` over that at `base`, drawn without replacement from N: (1/size - 1/N) / (1/base - 1/N)."""
+        n = self.data_size
+        return (1 / size - 1 / n) / (1 / base - 1 / n) if base < n else math.nan
+
+    @property
+    def noise_scale(self) -> Estimate:
+        """The gradient noise scale tr(Sigma) / |G|^2 in samples (McCandlish et al. 2018), at the common parameters."""
+        base = self.micro_batch_size
+        small, squared = self.variances[base], self.gradient_squared
+        factor = 1 / (1 / base - 1 / self.data_size) if base < self.data_size else math.nan
+        if squared.value <= 0:
+            return Estimate(math.inf, math.nan)
+        value = factor * small.value / squared.value
+        return Estimate(value, abs(value) * _relative_error(small, squared))
+
+
+def paired_difference(one: Validation, other: Validation) -> Estimate:
+    """Mean loss of `one` minus that of `other` over the same held-out micro-batches, with its paired standard error."""
+    differences = [a - b for a, b in zip(one.losses, other.losses, strict=True)]
+    total = sum(one.weights)
+    mean = one.loss - other.loss
+    if len(differences) < 2 or not total:
+        return Estimate(mean, math.nan)
+    spread = sum((w * (d - mean)) ** 2 for w, d in zip(one.weights, differences, strict=True)) / total**2
+    count = len(differences)
+    return Estimate(mean, math.sqrt(spread * count / (count - 1)))
+
+
+def time_ratio(one: Course, other: Course) -> Estimate:
+    """The time of `one` over that of `other` for the same samples: the median over effective batches.
+
+    In its standard error 1.2533 = sqrt(pi / 2) is a median's over a mean's; 1.4826 turns a median deviation into a
+    standard one.
+    """
+    ratios = _steady([a / b for a, b in zip(one.window_seconds, other.window_seconds, strict=True)])
+    middle = statistics.median(ratios)
+    deviation = 1.4826 * statistics.median(abs(ratio - middle) for ratio in ratios)
+    return Estimate(middle, 1.2533 * deviation / math.sqrt(len(ratios)))
+
+
+def ratio_of(one: Estimate, other: Estimate) -> Estimate:
+    """`one / other`, their errors taken as independent."""
+    value = one.value / other.value if other.value else math.nan
+    return Estimate(value, abs(value) * _relative_error(one, other))
+
+
+def _relative_error(one: Estimate, other: Estimate) -> float:
+    if not one.value or not other.value:
+        return math.nan
+    return math.hypot(one.standard_error / one.value, other.standard_error / other.value)
+
+
+def _steady(values: Sequence[float]) -> Sequence[float]:
+    """Without the first, which also warms up caches and allocators, where enough others remain."""
+    return values[1:] if len(values) > 4 else values

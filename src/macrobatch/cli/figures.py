@@ -1,0 +1,184 @@
+"""The figures of a comparison: as files, and as SVG whose colours follow the page it stands in."""
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from macrobatch.cli.comparison import Comparison, Key, Result
+from macrobatch.cli.formats import bytes_text, number_text
+from macrobatch.cli.plots import STYLE, smoothed, thousands
+
+COLOR: Mapping[Key, str] = {"small": "#d55e00", "accumulated": "#0072b2", "native": "#009e73"}
+INK, FAINT = "#1b1f24", "#8b949e"
+# What stands for each of these colours in a page: its style sheet has a light and a dark value.
+VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)", **{color: f"var(--{key})" for key, color in COLOR.items()}}
+LINE: Mapping[Key, str] = {"small": "-", "accumulated": "-", "native": (0, (4, 3))}  # type: ignore[dict-item]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure with its name in the page, what it shows in a sentence, and how to draw it."""
+
+    name: str
+    caption: str
+    draw: Callable[[Axes, Comparison], None]
+
+
+def loss_over_samples(axes: Axes, comparison: Comparison) -> None:
+    """Validation loss, and the training loss behind it, over the samples seen."""
+    for key, result in comparison.results.items():
+        if result.course is None:
+            continue
+        losses = smoothed([loss for _, loss in result.course.losses], max(1, len(result.course.losses) // 32))
+        axes.plot([n for n, _ in result.course.losses], losses, color=COLOR[key], linewidth=0.8, alpha=0.35)
+        curve = result.course.validation_losses
+        marker = "s" if key == "native" else "o"
+        face = "none" if key == "native" else COLOR[key]
+        size = 7 if key == "native" else 4
+        axes.plot(*zip(*curve, strict=True), color=COLOR[key], linestyle=LINE[key], marker=marker, markersize=size,
+                  markerfacecolor=face, label=result.way.name)  # fmt: skip
+    axes.set(xlabel="samples", ylabel="loss")
+    thousands(axes)
+    axes.legend()
+
+
+def loss_over_updates(axes: Axes, comparison: Comparison) -> None:
+    """The same validation losses over the number of updates."""
+    for key, result in comparison.results.items():
+        if result.course is None:
+            continue
+        updates = {n: number for number, (n, _) in enumerate(result.course.losses, 1)} | {0: 0}
+        points = [(updates[n], loss) for n, loss in result.course.validation_losses]
+        axes.plot(*zip(*points, strict=True), color=COLOR[key], linestyle=LINE[key], marker="o", markersize=4,
+                  markerfacecolor="none" if key == "native" else COLOR[key], label=result.way.name)  # fmt: skip
+    axes.set(xlabel="updates", ylabel="validation loss")
+    thousands(axes)
+    axes.legend()
+
+
+def memory_bars(axes: Axes, comparison: Comparison) -> None:
+    """Peak bytes by way, and the budget where there is one."""
+    unit = 1e6
+    values = {key: (result.memory.peak_bytes or 0) / unit for key, result in comparison.results.items()}
+    labels = {key: _memory_label(result) for key, result in comparison.results.items()}
+    _bars(axes, comparison, values, labels)
+    for bar, result in zip(axes.patches, comparison.results.values(), strict=True):
+        if not result.memory.fits:
+            bar.set(facecolor="none", edgecolor=COLOR[result.way.key], linestyle="--")
+    if comparison.max_memory is not None:
+        axes.axvline(comparison.max_memory / unit, color=INK, linewidth=1, linestyle=":")
+        axes.set_title(
+            f"dotted: budget {bytes_text(comparison.max_memory)}", fontsize=9, fontweight="normal", loc="right"
+        )
+    axes.set(xlabel="peak memory in MB")
+
+
+def _memory_label(result: Result) -> str:
+    needs = bytes_text(result.memory.peak_bytes)
+    if result.memory.fits:
+        return needs
+    return "does not fit" if result.memory.peak_bytes is None else f"does not fit: ≥ {needs}"
+
+
+def variance_by_size(axes: Axes, comparison: Comparison) -> None:
+    """Gradient variance by update size on two logarithmic axes, with the line it should follow."""
+    sizes = list(comparison.variances)
+    base = comparison.variances[sizes[0]].value
+    line = [base * comparison.expected_variance_ratio(size, sizes[0]) for size in sizes]
+    axes.plot(sizes, line, color=FAINT, linestyle="--", linewidth=1.2, label="expected: 1/B")
+    for size, estimate in comparison.variances.items():
+        key: Key = "small" if size == comparison.micro_batch_size else "accumulated"
+        label = {sizes[0]: "small batch", sizes[-1]: "accumulation"}.get(size)
+        axes.errorbar(size, estimate.value, yerr=2 * estimate.standard_error, color=COLOR[key], marker="o", markersize=5,
+                      capsize=3, linestyle="none", label=label)  # fmt: skip
+    native = comparison.results["native"]
+    if native.variance is not None:
+        axes.plot(native.way.update_size, native.variance.value, color=COLOR["native"], marker="s", markersize=10,
+                  markerfacecolor="none", linestyle="none", label=native.way.name)  # fmt: skip
+    axes.set(xlabel="samples in an update", ylabel="variance of the gradient", xscale="log", yscale="log")
+    axes.xaxis.set(major_locator=FixedLocator(sizes), minor_locator=NullLocator())
+    thousands(axes)
+    low, high = min(line) / 2, max(line) * 2
+    ticks = [tick * 10.0**power for power in range(-12, 12) for tick in (1, 2, 5) if low < tick * 10.0**power < high]
+    axes.yaxis.set(major_locator=FixedLocator(ticks), minor_locator=NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.legend()
+
+
+def speed_bars(axes: Axes, comparison: Comparison) -> None:
+    """Samples per second by way."""
+    rates = {
+        key: result.course.samples_per_second if result.course else 0 for key, result in comparison.results.items()
+    }
+    labels = {key: number_text(rate) if rate else "not run" for key, rate in rates.items()}
+    _bars(axes, comparison, rates, labels)
+    axes.set(xlabel="samples per second")
+
+
+def _bars(axes: Axes, comparison: Comparison, values: Mapping[Key, float], labels: Mapping[Key, str]) -> None:
+    names = [comparison.results[key].way.name.replace("native ", "native\n") for key in values]
+    bars = axes.barh(names, list(values.values()), color=[COLOR[key] for key in values], height=0.6)
+    axes.bar_label(bars, list(labels.values()), padding=4, color=INK)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.margins(x=0.35)
+    axes.set_xlim(left=0)
+
+
+PLOTS: Sequence[Plot] = (
+    Plot(
+        "loss-samples", "Loss over samples seen: lines with marks validation, faint lines training", loss_over_samples
+    ),
+    Plot("loss-updates", "The same validation losses over updates", loss_over_updates),
+    Plot("memory", "Peak memory: parameters, gradients, optimizer state, activations, input", memory_bars),
+    Plot(
+        "variance", "Variance of an update's gradient at common parameters, bars of 2 standard errors", variance_by_size
+    ),
+    Plot("speed", "Speed of computing, median over effective batches", speed_bars),
+)
+
+
+def inline_svg(plot: Plot, comparison: Comparison) -> str:
+    """The plot as an SVG element for a page: no header, no addresses, its own ids, colours by the page's variables."""
+    with rc_context({**STYLE, **_ink(), "font.size": 11}):
+        figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+        plot.draw(figure.subplots(), comparison)
+        buffer = io.StringIO()
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
+    svg = re.sub(r"xlink:href", "href", svg)
+    svg = re.sub(r'((?: id|href)="#?|url\(#)', rf"\g<1>{plot.name}-", svg)
+    svg = re.sub(
+        r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 role="img" aria-label="{plot.caption}">', svg, count=1
+    )
+    svg = re.sub(r"font: (\d+(?:\.\d+)?px) [^;\"]*", r"font-size: \1", svg)
+    for color, variable in VARIABLES.items():
+        svg = svg.replace(color, variable)
+    return svg
+
+
+def save_main_picture(path: Path, comparison: Comparison) -> None:
+    """Loss, memory and gradient variance side by side in one picture, on white."""
+    with rc_context({**STYLE, **_ink()}):
+        figure = Figure(figsize=(14, 4.2), layout="constrained", facecolor="white")
+        chosen = [plot for plot in PLOTS if plot.name in ("loss-samples", "memory", "variance")]
+        for axes, plot in zip(figure.subplots(1, 3), chosen, strict=True):
+            plot.draw(axes, comparison)
+            axes.set_title({"loss-samples": "Loss", "memory": "Memory", "variance": "Gradient noise"}[plot.name])
+        figure.savefig(path, dpi=120)
+
+
+def _ink() -> dict[Any, Any]:
+    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor")
+    return dict.fromkeys(names, INK) | {"grid.color": FAINT}

@@ -1,0 +1,73 @@
+"""Numbers as people read them: bytes, durations, rates, and values with their standard errors."""
+
+import math
+
+NONE = "-"
+
+
+def bytes_text(num_bytes: float | None) -> str:
+    """Three digits and a unit of a power of 1000.
+
+    >>> bytes_text(23_456_789), bytes_text(950), bytes_text(None)
+    ('23.5 MB', '950 B', '-')
+    """
+    if num_bytes is None:
+        return NONE
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= 0.9995 * size:
+            return f"{_three_digits(num_bytes / size)} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def duration_text(seconds: float) -> str:
+    """Minutes and seconds, hours where there are any.
+
+    >>> duration_text(65), duration_text(3661)
+    ('1:05', '1:01:01')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def seconds_text(seconds: float | None) -> str:
+    """A short time in milliseconds or seconds.
+
+    >>> seconds_text(0.01234), seconds_text(2.5)
+    ('12.3 ms', '2.50 s')
+    """
+    if seconds is None:
+        return NONE
+    return f"{_three_digits(1000 * seconds)} ms" if seconds < 0.9995 else f"{_three_digits(seconds)} s"
+
+
+def number_text(value: float | None, digits: int = 3) -> str:
+    """A number with `digits` significant digits, without an exponent where it is of everyday size.
+
+    >>> number_text(0.0123456), number_text(412.3), number_text(3.2e-7)
+    ('0.0123', '412', '3.2e-07')
+    """
+    if value is None or not math.isfinite(value):
+        return NONE if value is None else str(value)
+    if value != 0 and not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}g}"
+    magnitude = 0 if value == 0 else math.floor(math.log10(abs(value)))
+    return f"{value:.{max(digits - 1 - magnitude, 0)}f}"
+
+
+def with_error(value: float, standard_error: float) -> str:
+    """A value and its standard error, both to the error's second digit.
+
+    >>> with_error(0.67129, 0.0123), with_error(1234.5, 67.8)
+    ('0.671 ± 0.012', '1234 ± 68')
+    """
+    if not (math.isfinite(standard_error) and standard_error > 0):
+        return number_text(value)
+    decimals = max(1 - math.floor(math.log10(standard_error)), 0)
+    if decimals > 6:
+        return f"{value:.3g} ± {standard_error:.1g}"
+    return f"{value:.{decimals}f} ± {standard_error:.{decimals}f}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"

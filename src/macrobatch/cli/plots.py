@@ -1,0 +1,58 @@
+"""Figures without pyplot: nothing global, a file or a string at the end."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.linewidth": 0.6,
+    "grid.alpha": 0.35,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "svg.fonttype": "none",
+}
+
+
+def smoothed(values: Sequence[float], span: int) -> list[float]:
+    """The mean of the last `span` values at each point, of fewer at the start."""
+    window = [values[max(0, end - span) : end] for end in range(1, len(values) + 1)]
+    return [sum(part) / len(part) for part in window]
+
+
+def save_training(folder: Path, rows: Sequence[Mapping[str, Any]], task_name: str) -> None:
+    """`loss.svg` and `loss.png`: loss and learning rate over the samples of a run."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7, 5), layout="constrained")
+        loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        samples, losses = [row["samples"] for row in rows], [row["loss"] for row in rows]
+        span = max(1, len(rows) // 50)
+        marker = "o" if len(rows) < 3 else None
+        if span > 1:
+            loss_axes.plot(samples, losses, color="#9ab8d3", linewidth=0.8, label="each update")
+            loss_axes.plot(samples, smoothed(losses, span), color="#0072b2", label=f"mean of {span} updates")
+            loss_axes.legend()
+        else:
+            loss_axes.plot(samples, losses, color="#0072b2", marker=marker)
+        loss_axes.set(title=f"{task_name}: training loss", ylabel="loss")
+        rate_axes.plot(samples, [row["lr"] for row in rows], color="#d55e00", marker=marker)
+        rate_axes.set(xlabel="samples", ylabel="learning rate")
+        rate_axes.set_ylim(bottom=0)
+        thousands(rate_axes)
+        for suffix in ("svg", "png"):
+            figure.savefig(folder / f"loss.{suffix}", dpi=144)
+
+
+def thousands(axes: Axes) -> None:
+    """The x axis counts 1,000s with a comma instead of a power of ten."""
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

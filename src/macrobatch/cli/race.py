@@ -1,0 +1,102 @@
+"""Several ways through the same samples, side by side: the same order, the same initial weights, timed in turn."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from macrobatch import Accumulator, Window, apply_update
+from macrobatch.cli.comparison import Course, Way
+from macrobatch.cli.measure import window_of
+from macrobatch.cli.sampling import UpdateIndices, take
+from macrobatch.cli.validation import Validation, validate
+from macrobatch.tasks import Task
+
+
+class Racer:
+    """One way in training: its own copy of the model and optimizer, and what was seen on the way."""
+
+    def __init__(self, task: Task, way: Way, learning_rate: float, device: torch.device) -> None:
+        self.way, self.task = way, task
+        self.model = copy.deepcopy(task.model).to(device)
+        self._optimizer = task.make_optimizer(self.model, learning_rate)
+        self._accumulator = Accumulator(self.model, task.loss_fn)
+        self._seen = self._skipped = 0
+        self._losses: list[tuple[int, float]] = []
+        self._validation_losses: list[tuple[int, float]] = []
+        self._update_seconds: list[float] = []
+        self._window_seconds: list[float] = []
+        self._window_samples: list[int] = []
+        self._final: Validation | None = None
+
+    def train_on(self, samples: Sequence[Any]) -> None:
+        """One effective batch of samples is learned, in one update or in several; loading them is not in the time."""
+        size = self.way.update_size
+        windows = [
+            window_of(self.task, samples[start : start + size], self.way.micro_batch_size)
+            for start in range(0, len(samples), size)
+        ]
+        seconds = [self._update(window) for window in windows]
+        self._update_seconds += seconds
+        self._window_seconds.append(sum(seconds))
+        self._window_samples.append(len(samples))
+
+    def validate_on(self, micro_batches: Sequence[Any], *, with_metrics: bool) -> None:
+        """The validation curve has a point at the samples seen so far."""
+        task = self.task if with_metrics else replace(self.task, metrics={})
+        self._final = validate(self.model, task, micro_batches)
+        self._validation_losses.append((self._seen, self._final.loss))
+
+    def _update(self, window: Window) -> float:
+        started = time.perf_counter()
+        report = self._accumulator.run(window)
+        update = apply_update(self._optimizer, report)
+        loss = float(report.loss)  # waits for a GPU: the time ends with the update
+        seconds = time.perf_counter() - started
+        self._skipped += not update.applied
+        self._seen += report.num_samples
+        self._losses.append((self._seen, loss))
+        return seconds
+
+    def course(self) -> Course:
+        """What was seen on the way."""
+        return Course(
+            losses=self._losses,
+            validation_losses=self._validation_losses,
+            final=self._final or Validation(math.nan, {}, [], [], 0),
+            update_seconds=self._update_seconds,
+            window_seconds=self._window_seconds,
+            window_samples=self._window_samples,
+            skipped=self._skipped,
+        )
+
+
+def race(
+    racers: Sequence[Racer],
+    indices: UpdateIndices,
+    validation: Sequence[Any],
+    num_validations: int,
+    advance: Callable[[float, str], None],
+) -> None:
+    """Every racer has learned from every sample, an effective batch each in turn, and been validated on the way.
+
+    `advance(work, text)` is told of each piece of work, counted in samples forward and backward.
+    """
+    count = len(indices)
+    points = {round(point * count / num_validations) for point in range(1, num_validations + 1)}
+    for racer in racers:
+        racer.validate_on(validation, with_metrics=False)
+    for number, batch in enumerate(indices, 1):
+        samples = take(racers[0].task.train, batch)
+        # Each goes first in its turn, so that a machine that slows down or speeds up does so for all alike.
+        for racer in [*racers[number % len(racers) :], *racers[: number % len(racers)]]:
+            racer.train_on(samples)
+            advance(len(batch), f"training: {racer.way.name}")
+        if number in points:
+            for racer in racers:
+                racer.validate_on(validation, with_metrics=number == count)
+                advance(0, f"validating: {racer.way.name}")

@@ -1,0 +1,98 @@
+"""A comparison as a table on the terminal and as one HTML page that needs nothing else."""
+
+from collections.abc import Callable, Sequence
+from importlib import resources
+from typing import Any
+
+import jinja2
+from rich.table import Table
+
+import macrobatch
+from macrobatch.cli.comparison import Comparison, Course, Result
+from macrobatch.cli.figures import PLOTS, inline_svg
+from macrobatch.cli.formats import NONE, bytes_text, number_text, seconds_text, with_error
+from macrobatch.cli.words import Finding
+
+Row = tuple[str, Callable[[Comparison, Result], str]]
+
+
+def _of_course(text: Callable[[Course], str]) -> Callable[[Comparison, Result], str]:
+    return lambda _, result: NONE if result.course is None else text(result.course)
+
+
+def _memory(comparison: Comparison, result: Result) -> str:
+    if result.memory.fits:
+        return bytes_text(result.memory.peak_bytes)
+    budget = "" if comparison.max_memory is None else f", budget {bytes_text(comparison.max_memory)}"
+    if result.memory.peak_bytes is None:
+        return f"out of memory{budget}"
+    return f"out of memory: needs at least {bytes_text(result.memory.peak_bytes)}{budget}"
+
+
+def _variance(_: Comparison, result: Result) -> str:
+    return NONE if result.variance is None else with_error(result.variance.value, result.variance.standard_error)
+
+
+def _expected_variance(comparison: Comparison, result: Result) -> str:
+    base = comparison.micro_batch_size
+    expected = comparison.expected_variance_ratio(result.way.update_size, base) * comparison.variances[base].value
+    return NONE if result.way.update_size == base else number_text(expected)
+
+
+def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    """What is measured, and its value for each way."""
+    table: list[Row] = [
+        ("samples in an update", lambda _, result: str(result.way.update_size)),
+        ("samples in memory at once", lambda _, result: str(result.way.micro_batch_size)),
+        ("peak memory", _memory),
+        ("updates", _of_course(lambda course: f"{len(course.update_seconds):,}")),
+        ("time per update", _of_course(lambda course: seconds_text(course.seconds_per_update))),
+        ("samples per second", _of_course(lambda course: f"{course.samples_per_second:,.0f}")),
+        ("gradient variance", _variance),
+        ("expected of it by 1/B", _expected_variance),
+        ("validation loss", _of_course(lambda course: f"{course.final.loss:.4f}")),
+    ]
+    table += [(name, _of_course(_metric(name))) for name in _metric_names(comparison)]
+    if any(result.course and result.course.skipped for result in comparison.results.values()):
+        table.append(("updates skipped, not finite", _of_course(lambda course: str(course.skipped))))
+    return [(label, [text(comparison, result) for result in comparison.results.values()]) for label, text in table]
+
+
+def _metric(name: str) -> Callable[[Course], str]:
+    return lambda course: number_text(course.final.metrics[name], 4)
+
+
+def _metric_names(comparison: Comparison) -> Sequence[str]:
+    courses = [result.course for result in comparison.results.values() if result.course is not None]
+    return list(courses[0].final.metrics) if courses else []
+
+
+def terminal_table(comparison: Comparison) -> Table:
+    """The rows as a table for the terminal."""
+    table = Table(
+        title=f"{comparison.task}: {comparison.samples:,} samples, learning rate {comparison.learning_rate:.3g}"
+    )
+    table.add_column("")
+    for result in comparison.results.values():
+        table.add_column(result.way.name, justify="right")
+    for label, values in rows(comparison):
+        table.add_row(label, *values)
+    return table
+
+
+def page(comparison: Comparison, findings: Sequence[Finding]) -> str:
+    """The report: one HTML page with its style and its figures inside, light and dark, for narrow and wide screens."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    source = resources.files("macrobatch.cli").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
+    content: dict[str, Any] = {
+        "comparison": comparison,
+        "findings": findings,
+        "names": [(key, result.way.name) for key, result in comparison.results.items()],
+        "rows": rows(comparison),
+        "figures": [(plot.caption, inline_svg(plot, comparison)) for plot in PLOTS],
+        "budget": None if comparison.max_memory is None else bytes_text(comparison.max_memory),
+        "version": macrobatch.__version__,
+    }
+    return environment.from_string(source).render(content)

@@ -1,0 +1,101 @@
+"""The output folder: made and tried before any work, and written so that what is done is kept whatever happens."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.tensorboard.writer import SummaryWriter
+
+
+def new_folder(wanted: Path) -> Path:
+    """An empty folder that can be written to: `wanted`, or if that holds something `wanted-2`, `wanted-3` and so on.
+
+    Nothing is ever overwritten. Raises ValueError if the folder cannot be made or written to.
+    """
+    folder, number = wanted, 1
+    try:
+        while folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            if not folder.is_dir():
+                raise NotADirectoryError(f"{folder} is a file")
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass  # mkdir may succeed where writing does not
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to the output folder {folder} ({error.strerror or error}); choose another with --output"
+        ) from None
+    return folder
+
+
+def write_text(path: Path, text: str) -> None:
+    """The file holds `text`, or what it held before if the write was cut short."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """The file holds `value` as JSON that every parser takes: numbers that are not finite become null."""
+    write_text(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for every number that is not finite, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {str(name): finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def save_weights(folder: Path, model: nn.Module) -> Path:
+    """The model's parameters and buffers are in a file of `folder`: safetensors if installed, else torch's format."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    path = folder / "model.pt"
+    partial = folder / ".model.partial"
+    try:
+        from safetensors.torch import save_file
+
+        path = folder / "model.safetensors"
+        # Tied parameters share storage, which safetensors refuses: each name gets its own.
+        save_file({name: tensor.clone() for name, tensor in state.items()}, str(partial))
+    except ModuleNotFoundError:
+        torch.save(state, partial)
+    os.replace(partial, path)
+    return path
+
+
+class UpdateLog:
+    """One JSON line per update in metrics.jsonl, written out at once, and the same as TensorBoard events."""
+
+    def __init__(self, folder: Path) -> None:
+        self._lines = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        self._events = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """`row["update"]` counts from 1; every other number becomes a curve of its name."""
+        self._lines.write(json.dumps(finite(row), allow_nan=False) + "\n")
+        self._lines.flush()
+        for name, value in row.items():
+            if name != "update" and isinstance(value, int | float):
+                self._events.add_scalar(f"train/{name}", float(value), row["update"])
+
+    def write_validation(self, update: int, means: Mapping[str, float]) -> None:
+        """The validation means as TensorBoard events."""
+        for name, value in means.items():
+            self._events.add_scalar(f"validation/{name}", value, update)
+
+    def close(self) -> None:
+        """Everything is on disk."""
+        with suppress(OSError):
+            self._lines.close()
+        self._events.close()

@@ -1,0 +1,167 @@
+"""`macrobatch train`: a model is trained with an effective batch of any size, in micro-batches that fit."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from macrobatch.cli import plots
+from macrobatch.cli.formats import bytes_text, duration_text, number_text
+from macrobatch.cli.interrupt import CtrlC
+from macrobatch.cli.memory_use import MemoryUse
+from macrobatch.cli.progress import Progress
+from macrobatch.cli.run import Run
+from macrobatch.cli.runfiles import UpdateLog, save_weights, write_json
+from macrobatch.cli.validation import Validation, validate, validation_batches
+
+Outcome = Literal["finished", "interrupted", "out of memory"]
+EXIT_CODE: dict[Outcome, int] = {"finished": 0, "interrupted": 130, "out of memory": 2}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended. `seconds`: of training alone. `validation`: None where it did not come to that."""
+
+    outcome: Outcome
+    seconds: float
+    validation: Validation | None
+    memory: MemoryUse
+
+
+def train(run: Run, folder: Path, console: Console) -> int:
+    """The run has ended, and everything about it is in `folder`; returns the exit code of the process."""
+    for line in headline(run, folder):
+        console.print(escape(line), soft_wrap=True)
+    log, rows = UpdateLog(folder), list[dict[str, Any]]()
+    memory = MemoryUse(run.device, run.options.max_memory)
+    started = time.monotonic()
+    with CtrlC() as ctrl_c:
+        outcome = _all_updates(run, log, rows, ctrl_c, memory, console)
+        seconds = time.monotonic() - started
+        validation = None
+        if outcome == "finished":
+            console.print("validating")
+            batches = validation_batches(run.task, run.micro_batch_size)
+            validation = validate(run.model, run.task, batches, autocast=run.autocast, stop=lambda: ctrl_c.wanted)
+            log.write_validation(run.updates, {"loss": validation.loss, **validation.metrics})
+        log.close()
+        ending = Ending(outcome, seconds, validation, memory)
+        _write(run, ending, rows, folder)
+    for line in closing(run, ending, folder):
+        console.print(escape(line), soft_wrap=True)
+    if outcome == "out of memory":
+        console.print(f"[bold red]error:[/] {escape(run.too_large())}", soft_wrap=True)
+    return EXIT_CODE[outcome]
+
+
+def _all_updates(
+    run: Run, log: UpdateLog, rows: list[dict[str, Any]], ctrl_c: CtrlC, memory: MemoryUse, console: Console
+) -> Outcome:
+    """Every update is made and logged, or as many as Ctrl-C and the memory allow."""
+    try:
+        with memory, Progress(console, sum(run.sizes)) as progress:
+            for window in run.windows():
+                row = run.advance(window)
+                rows.append(row)
+                log.write(row)
+                progress.advance(row["samples"] - progress.done, _status(run, row, memory))
+                if ctrl_c.wanted:
+                    return "finished" if run.updates == len(run.sizes) else "interrupted"
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    return "finished"
+
+
+def _status(run: Run, row: dict[str, Any], memory: MemoryUse) -> str:
+    size = run.sizes[row["update"] - 1]
+    return (
+        f"update {row['update']}/{len(run.sizes)}  loss {number_text(row['loss'], 4)}  lr {row['lr']:.2g}  "
+        f"{size / row['seconds']:.0f} samples/s  {bytes_text(memory.peak_bytes)}"
+    )
+
+
+def headline(run: Run, folder: Path) -> list[str]:
+    """What is going to happen, in lines for the terminal."""
+    options, micro_batches = run.options, -(-run.batch_size // run.micro_batch_size)
+    limit = "" if options.max_memory is None else f"; at most {bytes_text(options.max_memory)}"
+    lines = [
+        f"{run.task.name}: {run.task.description}" if run.task.description else run.task.name,
+        f"{len(run.sizes)} updates of {run.batch_size} samples, each in {micro_batches} micro-batches of "
+        f"{run.micro_batch_size if run.batch_size % run.micro_batch_size == 0 else f'at most {run.micro_batch_size}'}"
+        f"; {options.precision} on {run.device.type}, seed {options.seed}{limit}",
+        _learning_rate_line(run),
+        f"writing to {folder}",
+    ]
+    if options.precision == "fp16" and run.device.type == "cpu":
+        lines.append("note: fp16 on a CPU works but is slow; bf16 or fp32 is usually better there")
+    return lines
+
+
+def _learning_rate_line(run: Run) -> str:
+    rate, base = f"learning rate {run.learning_rate:.3g}", run.base_batch_size
+    schedule = f"{run.options.schedule} after {run.options.warmup} updates of warmup"
+    if run.options.scaling != "none":
+        rate += f" ({run.options.scaling} rule: {run.base_learning_rate:.3g} at batch size {base})"
+    elif base != run.batch_size:
+        rate += f" (tuned at batch size {base} and not scaled to {run.batch_size}: see --scaling)"
+    return f"{rate}, {schedule if run.options.warmup else run.options.schedule}"
+
+
+def closing(run: Run, ending: Ending, folder: Path) -> list[str]:
+    """What has happened, in lines for the terminal."""
+    made = f"{run.updates} of {len(run.sizes)} updates, {run.samples} samples in {duration_text(ending.seconds)}"
+    skipped = run.updates - run.applied
+    lines = [
+        f"{_outcome_text(run, ending)}: {made}"
+        + (f" ({run.samples / ending.seconds:.0f} samples/s)" if run.samples else "")
+        + (f"; {skipped} updates skipped, their gradient was not finite" if skipped else "")
+        + f"; peak memory {bytes_text(ending.memory.peak_bytes)} ({ending.memory.kind})"
+    ]
+    if ending.validation is not None:
+        metrics = "".join(f", {name} {number_text(value, 4)}" for name, value in ending.validation.metrics.items())
+        lines.append(
+            f"validation: loss {number_text(ending.validation.loss, 4)}{metrics} "
+            f"over {ending.validation.num_samples} samples"
+        )
+    lines.append(f"{', '.join(sorted(path.name for path in folder.iterdir()))} in {folder}")
+    return lines
+
+
+def _outcome_text(run: Run, ending: Ending) -> str:
+    return ending.outcome if ending.outcome == "finished" else f"{ending.outcome} at update {run.updates}"
+
+
+def _write(run: Run, ending: Ending, rows: list[dict[str, Any]], folder: Path) -> None:
+    """The weights, the plot and the summary are in the folder; the summary last, so that it stands for all of them."""
+    save_weights(folder, run.model)
+    if rows:
+        plots.save_training(folder, rows, run.task.name)
+    validation = ending.validation
+    write_json(
+        folder / "summary.json",
+        {
+            "outcome": _outcome_text(run, ending),
+            "task": run.task.name,
+            "updates": run.updates,
+            "updates_applied": run.applied,
+            "samples": run.samples,
+            "seconds": ending.seconds,
+            "samples_per_second": run.samples / ending.seconds if ending.seconds else None,
+            "peak_bytes": ending.memory.peak_bytes,
+            "peak_of": ending.memory.kind.removeprefix("of "),
+            "train_loss": rows[-1]["loss"] if rows else None,
+            "validation_loss": validation.loss if validation else None,
+            "validation_metrics": dict(validation.metrics) if validation else None,
+            "validation_samples": validation.num_samples if validation else 0,
+            "batch_size": run.batch_size,
+            "micro_batch_size": run.micro_batch_size,
+            "learning_rate": run.learning_rate,
+            "base_learning_rate": run.base_learning_rate,
+            "base_batch_size": run.base_batch_size,
+            "options": asdict(run.options),
+        },
+    )

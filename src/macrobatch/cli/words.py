@@ -1,0 +1,228 @@
+"""The reading of a comparison in words, every one of them drawn from the numbers and their uncertainty."""
+
+from dataclasses import dataclass
+
+from macrobatch.cli.comparison import Comparison, Course, Estimate, paired_difference, ratio_of, time_ratio
+from macrobatch.cli.formats import bytes_text, number_text, seconds_text, with_error
+
+CLEAR = 3.0  # standard errors beyond which a difference is taken for real
+EQUAL_LOSS = 0.01  # validation losses closer than this are called equal
+EQUAL_TIME = 0.03  # time ratios closer to one than this are called equal: a machine's own moods are larger
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence to remember, and the numbers behind it."""
+
+    title: str
+    text: str
+
+
+def findings(comparison: Comparison) -> list[Finding]:
+    """What the comparison says, the most important first."""
+    parts = [equality(comparison), memory(comparison), small_batch(comparison), variance(comparison), speed(comparison)]
+    return [part for part in parts if part is not None]
+
+
+def is_clear(estimate: Estimate, against: float = 0.0) -> bool:
+    """Whether a value lies further from `against` than its uncertainty explains."""
+    return abs(estimate.value - against) > CLEAR * estimate.standard_error
+
+
+# ------------------------------------------------------------------------------------------------ accumulation
+def equality(comparison: Comparison) -> Finding | None:
+    """Whether accumulation and the native large batch learned the same."""
+    accumulated, native = _course(comparison, "accumulated"), _course(comparison, "native")
+    if native is None or accumulated is None:
+        return None
+    difference = accumulated.final.loss - native.final.loss
+    along = max(abs(a[1] - b[1]) for a, b in zip(accumulated.validation_losses, native.validation_losses, strict=True))
+    losses = (
+        f"After {comparison.samples:,} samples their validation losses are {accumulated.final.loss:.4f} and "
+        f"{native.final.loss:.4f}, {abs(difference):.4f} apart; the largest difference on the way was {along:.4f}."
+    )
+    gradients = (
+        ""
+        if comparison.gradient_difference is None
+        else f" For the same {comparison.batch_size} samples at the same parameters their gradients differ by at most "
+        f"{comparison.gradient_difference:.1g} of their length."
+    )
+    if abs(difference) <= EQUAL_LOSS:
+        reason = (
+            " It is the same update, computed in pieces: it cannot learn better or worse, "
+            "it only needs other memory and time."
+        )
+        return Finding("Accumulation equals the native large batch; it does not beat it", losses + gradients + reason)
+    which = "lower" if difference < 0 else "higher"
+    return Finding(
+        f"Accumulation did not equal the native large batch here: its loss is {abs(difference):.3f} {which}",
+        losses + gradients + _why_not_equal(comparison),
+    )
+
+
+def _why_not_equal(comparison: Comparison) -> str:
+    if comparison.noisy_layers:
+        return (
+            f" The model has layers whose result depends on how a batch is cut, or is random: "
+            f"{', '.join(comparison.noisy_layers)}. With them accumulation in micro-batches of "
+            f"{comparison.micro_batch_size} trains another model, neither better nor worse by rule."
+        )
+    if comparison.gradient_difference is not None and comparison.gradient_difference < 1e-4:
+        return " The gradients agree, so rounding has grown along the way: a sign that this training is not stable."
+    return " The loss of this task is not a sum over samples, or something in it is random: look there first."
+
+
+def memory(comparison: Comparison) -> Finding | None:
+    """What accumulation bought: memory."""
+    accumulated, native = comparison.results["accumulated"].memory, comparison.results["native"].memory
+    if accumulated.peak_bytes is None:
+        return None
+    needs = f"{bytes_text(accumulated.peak_bytes)} at its peak"
+    if not native.fits:
+        at_least = "" if native.peak_bytes is None else f"; it needs {bytes_text(native.peak_bytes)} at least"
+        budget = "the device" if comparison.max_memory is None else f"the budget of {bytes_text(comparison.max_memory)}"
+        return Finding(
+            f"Accumulation trains a batch of {comparison.batch_size} where it does not fit",
+            f"In one piece {comparison.batch_size} samples do not fit into {budget}{at_least}. In micro-batches of "
+            f"{comparison.micro_batch_size} the same update takes {needs}.",
+        )
+    if native.peak_bytes is None:
+        return None
+    share = accumulated.peak_bytes / native.peak_bytes
+    parts = (
+        f"The update of {comparison.batch_size} samples takes {needs} in micro-batches of "
+        f"{comparison.micro_batch_size}, and {bytes_text(native.peak_bytes)} in one piece. Parameters, gradients and "
+        "optimizer state are in both; activations are those of one micro-batch."
+    )
+    if share >= 0.95:
+        return Finding(f"Accumulation saved hardly any memory here: {share:.2f} of the native peak", parts)
+    return Finding(f"What accumulation buys is memory: {share:.2f} of the native peak", parts)
+
+
+# ------------------------------------------------------------------------------------------------ small batch
+def small_batch(comparison: Comparison) -> Finding | None:
+    """Whether the small batch learned faster from the same samples, and why."""
+    small, large = _course(comparison, "small"), _course(comparison, "accumulated")
+    if small is None or large is None:
+        return None
+    difference = paired_difference(small.final, large.final)
+    losses = (
+        f"Validation loss {small.final.loss:.3f} against {large.final.loss:.3f} after the same {comparison.samples:,} "
+        f"samples at the same learning rate {comparison.learning_rate:.3g} "
+        f"(difference {with_error(difference.value, difference.standard_error)}; one seed). "
+    )
+    updates = (
+        f"It made {len(small.update_seconds):,} updates where the large batch made {len(large.update_seconds):,}. "
+    )
+    if not is_clear(difference):
+        title = "Small and large batch learned alike from the same samples"
+        return Finding(title, losses + updates + "Neither is clearly ahead. " + _noise(comparison))
+    if difference.value < 0:
+        title = "From the same samples at the same learning rate, the small batch learned faster"
+        return Finding(title, losses + updates + _noise(comparison) + _advice(comparison))
+    title = "From the same samples at the same learning rate, the large batch learned better"
+    reason = (
+        "For the small batch this learning rate is too large for the noise of its gradients: with a smaller one it may "
+        "come out ahead. "
+    )
+    return Finding(title, losses + updates + reason + _noise(comparison))
+
+
+def _noise(comparison: Comparison) -> str:
+    """How much an update of either size is worth by the gradient noise scale."""
+    scale, small, large = comparison.noise_scale, comparison.micro_batch_size, comparison.batch_size
+    squared = comparison.gradient_squared
+    if not is_clear(squared) or squared.value <= 0:
+        return (
+            f"The mean gradient is lost in the noise of {comparison.draws} draws of {large} samples, so the gradient "
+            "noise scale is far above the batch sizes here. "
+        )
+    gain = (large / small) * (scale.value + small) / (scale.value + large)
+    tail = (
+        "This learning rate does not use even that"
+        if gain > 1.1
+        else "Making the batch larger buys next to nothing here"
+    )
+    return (
+        f"The gradient noise scale, where noise and gradient are equally large, is about "
+        f"{number_text(scale.value, 2)} samples after this training: by it one update of {large} is worth at most "
+        f"{gain:.1f} updates of {small}, each with its best learning rate, and costs the samples of "
+        f"{number_text(large / small, 2)}. {tail}: at an equal learning rate a step is about as long for either, "
+        "and the small batch makes more of them. "
+    )
+
+
+def _advice(comparison: Comparison) -> str:
+    return (
+        f"So where an update of {comparison.micro_batch_size} samples is enough, do not accumulate; accumulate where "
+        "the recipe, its learning rate or the noise asks for the larger batch."
+    )
+
+
+# ------------------------------------------------------------------------------------------------ variance and speed
+def variance(comparison: Comparison) -> Finding | None:
+    """Whether the variance of an update's gradient falls as 1/B."""
+    small_size, large_size = comparison.micro_batch_size, comparison.batch_size
+    small, large = comparison.variances.get(small_size), comparison.variances.get(large_size)
+    if small is None or large is None:
+        return None
+    measured, expected = ratio_of(large, small), comparison.expected_variance_ratio(large_size, small_size)
+    agrees = not is_clear(measured, expected)
+    native = comparison.results["native"].variance
+    same = (
+        ""
+        if native is None
+        else f" The native batch has {with_error(native.value, native.standard_error)}, accumulation "
+        f"{with_error(large.value, large.standard_error)}, on the same draws."
+    )
+    title = (
+        "The variance of an update's gradient falls as one over the batch size"
+        if agrees
+        else "The variance of an update's gradient does not fall as one over the batch size here"
+    )
+    reason = "" if agrees else _why_not_one_over(comparison)
+    return Finding(
+        title,
+        f"From {small_size} to {large_size} samples it becomes {with_error(measured.value, measured.standard_error)} "
+        f"of what it was; expected is {expected:.4f} (1/{large_size / small_size:.3g}, corrected for drawing without "
+        f"replacement from {comparison.data_size:,}).{same}{reason}",
+    )
+
+
+def _why_not_one_over(comparison: Comparison) -> str:
+    if comparison.noisy_layers:
+        return f" Layers that see the whole micro-batch, or are random, add to it: {comparison.noisy_layers[0]}."
+    return " Either the terms of the loss are weighted unevenly over samples, or the draws are too few."
+
+
+def speed(comparison: Comparison) -> Finding | None:
+    """Samples per second, and what a piece costs."""
+    small, accumulated = _course(comparison, "small"), _course(comparison, "accumulated")
+    native = _course(comparison, "native")
+    if small is None or accumulated is None:
+        return None
+    rates = f"{accumulated.samples_per_second:,.0f} samples per second by accumulation"
+    others = [f"{small.samples_per_second:,.0f} by the small batch"]
+    if native is not None:
+        others.insert(0, f"{native.samples_per_second:,.0f} by the native large batch")
+    text = (
+        f"{rates}, {', '.join(others)}; an update takes {seconds_text(accumulated.seconds_per_update)} and "
+        f"{seconds_text(small.seconds_per_update)} for accumulation and the small batch."
+    )
+    if native is None:
+        return Finding("Speed: the native large batch was not timed", text)
+    ratio = time_ratio(accumulated, native)
+    measured = f" Time against native, window by window: {with_error(ratio.value, ratio.standard_error)}."
+    return Finding(_speed_title(ratio), text + measured)
+
+
+def _speed_title(ratio: Estimate) -> str:
+    off = abs(ratio.value - 1)
+    if off <= EQUAL_TIME or not is_clear(ratio, 1.0):
+        return "Accumulation and the native batch took the same time for the same samples"
+    word = "longer" if ratio.value > 1 else "less time"
+    return f"Accumulation took {off:.0%} {word} than the native batch for the same samples, on this machine"
+
+
+def _course(comparison: Comparison, key: str) -> Course | None:
+    return next((result.course for name, result in comparison.results.items() if name == key), None)
