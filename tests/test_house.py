@@ -23,9 +23,10 @@ PACKAGE = ROOT / "src" / "macrobatch"
 # A folder (cli, tasks, integrations) is one entry; inside it imports are free. A new module must be entered here.
 LEVELS = (
     # L0 values
-    ("structure", "distributed", "gradients", "leaves", "unscaling", "state"),
+    ("containers", "distributed", "gradients", "leaves", "unscaling", "state"),
+    ("structure",),
     ("batch", "devices"),
-    ("weighting",),
+    ("grouping", "weighting"),
     ("criteria", "tally", "report"),
     # L1 mechanism
     ("accumulator", "loops", "update"),
@@ -43,7 +44,7 @@ LEVELS = (
 )
 LEVEL_OF = {entry: level for level, entries in enumerate(LEVELS) for entry in entries}
 # Values that are explained where they are used: on the page of another module.
-PAGE_OF = {"report": "accumulator", "criteria": "weighting", "structure": "batch"}
+PAGE_OF = {"report": "accumulator", "criteria": "weighting", "structure": "batch", "grouping": "batch"}
 EDGES = ("tasks", "integrations", "cli")  # need extras: never re-exported by the package
 
 # `.chunk(` is torch's own method.

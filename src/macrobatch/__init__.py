@@ -1,9 +1,10 @@
 """Any effective batch size on any memory budget, with the gradient of the full batch."""
 
 from macrobatch.accumulator import Accumulator
-from macrobatch.batch import Window, collate_windows, windows
+from macrobatch.batch import Window, collate_windows
 from macrobatch.criteria import sum_loss
 from macrobatch.epoch import train_epoch
+from macrobatch.grouping import windows
 from macrobatch.loops import accumulate
 from macrobatch.report import Report
 from macrobatch.update import Update, apply_update

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from macrobatch.accumulator import Accumulator
-from macrobatch.batch import windows
 from macrobatch.criteria import sum_loss
+from macrobatch.grouping import windows
 from macrobatch.update import apply_update
 
 

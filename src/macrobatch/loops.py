@@ -48,7 +48,7 @@ class accumulate:
             )
         self._window = window
         self._modules = modules_of(model)
-        self._count = count or window._num_samples
+        self._count = count
         self._device = None if device is None else torch.device(device)
         self._process_group = process_group
         self._finished = False
@@ -60,7 +60,9 @@ class accumulate:
         self._gradients = WindowGradients(self._modules)
         device = self._device or device_of(self._gradients.parameters)
         home = device or torch.device("cpu")
-        totals, num_micro_batches = count_window(self._window, self._count, self._ranks, home)
+        sizes = iter(self._window.micro_batch_sizes)
+        count = self._count or (lambda _: next(sizes))
+        totals, num_micro_batches = count_window(self._window, count, self._ranks, home)
         if num_micro_batches == 0:
             raise ValueError("the effective batch is empty: no rank has a sample. Skip empty windows")
         self._gradients.__enter__()

@@ -1,19 +1,31 @@
-"""Nested structures of tensors: how many samples they hold, cut along the batch dimension, joined again, mapped.
+"""Nested structures of tensors: how many samples they hold, cut along the batch dimension, joined again.
 
 A batch is any nesting of mappings, dataclasses, named tuples, lists and tuples around tensors with the batch dimension
-first. What is neither a tensor nor a list of batch length (strings, flags, 0-d tensors) is shared by all parts.
+first. Lists of batch length are cut between their elements (strings, images of unlike size, records). Every other leaf
+(a string, a flag, a 0-d tensor) is shared by all parts.
 """
 
-import copy
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Nested = Any  # a batch or a part of one: no type can say more
+from macrobatch.containers import (
+    Nested,
+    children,
+    has_rows,
+    hides_tensors,
+    is_list,
+    is_opaque,
+    is_rows,
+    leaves,
+    map_tensors,
+    rebuild,
+    tensors,
+)
+
+__all__ = ["Nested", "cut", "even_sizes", "join", "map_tensors", "num_samples", "split", "tensors"]
 
 _HELP = (
     "Every tensor needs the batch dimension first. For any other layout give the Accumulator "
@@ -26,10 +38,14 @@ def num_samples(batch: Nested) -> int:
 
     Raises ValueError, naming the leaves and their shapes, if they do not share one.
     """
-    for n in _candidate_sizes(batch):
-        if _fits(batch, n, is_root=True):
-            return n
-    raise ValueError(_misfit_message(batch))
+    stacked = next((n for n in _first_dimensions(batch) if _fits(batch, n)), None)
+    lengths = dict.fromkeys(len(node) for node in _lists(batch) if has_rows(node))
+    listed = [n for n in lengths if n != stacked and _fits(batch, n)]
+    if stacked is None and not listed:
+        raise ValueError(_misfit_message(batch))
+    if stacked is None:
+        return listed[0]
+    return _told_apart(batch, stacked, listed[0]) if listed else stacked
 
 
 def split(batch: Nested, sizes: Sequence[int], *, n: int | None = None) -> list[Nested]:
@@ -39,25 +55,32 @@ def split(batch: Nested, sizes: Sequence[int], *, n: int | None = None) -> list[
     not add up to the batch.
     """
     n = num_samples(batch) if n is None else n
-    if sum(sizes) != n:
-        raise ValueError(f"sizes {list(sizes)} add up to {sum(sizes)}, but the batch has {n} samples")
-    return _split(batch, n, sizes, is_root=True)
+    if sum(sizes) != n or min(sizes, default=0) < 0:
+        raise ValueError(f"sizes {list(sizes)} do not divide the batch, which has {n} samples")
+    if not sizes:
+        return []
+    return _split(batch, sizes, _lists_of_samples(batch, n))
 
 
 def cut(batch: Nested, start: int, stop: int) -> Nested:
-    """Samples `start` to `stop` (exclusive) of `batch`."""
+    """Samples `start` to `stop` (exclusive) of `batch`. Raises ValueError if it does not have them."""
     n = num_samples(batch)
-    return split(batch, [start, stop - start, n - stop])[1]
+    if not 0 <= start <= stop <= n:
+        raise ValueError(f"samples {start} to {stop} were asked of a batch of {n} samples")
+    return split(batch, [start, stop - start, n - stop], n=n)[1]
 
 
-def join(parts: Sequence[Nested]) -> Nested:
+def join(parts: Sequence[Nested], sizes: Sequence[int] | None = None) -> Nested:
     """One batch with the samples of all parts in order: the inverse of `split`. Shared leaves are those of the first.
 
-    Raises ValueError if the parts differ in structure or, their batch dimension apart, in shape.
+    `sizes`: the samples in each part, where they are known already. Raises ValueError if the parts differ in structure
+    or, their batch dimension apart, in shape.
     """
     if not parts:
         raise ValueError("nothing to join: give at least one part")
-    return _join(list(parts), [num_samples(part) for part in parts], "batch", is_root=True)
+    sizes = [num_samples(part) for part in parts] if sizes is None else sizes
+    lists = [_lists_of_samples(part, n) for part, n in zip(parts, sizes, strict=True)]
+    return _join(list(parts), set().union(*lists), "batch")
 
 
 def even_sizes(n: int, largest: int) -> list[int]:
@@ -70,160 +93,104 @@ def even_sizes(n: int, largest: int) -> list[int]:
     return [n // count + (j < n % count) for j in range(count)]
 
 
-def map_tensors(batch: Nested, function: Callable[[Tensor], Tensor]) -> Nested:
-    """The same structure with `function(tensor)` for each tensor and every other leaf as it is."""
-    if isinstance(batch, Tensor):
-        return function(batch)
-    children = _children(batch)
-    if not children:
-        return batch
-    return _rebuild(batch, [map_tensors(child, function) for _, child in children])
-
-
-def tensors(batch: Nested) -> Iterator[Tensor]:
-    """The tensors of `batch`, in the order of the structure."""
-    if isinstance(batch, Tensor):
-        yield batch
-        return
-    for _, child in _children(batch) or ():
-        yield from tensors(child)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Containers
+# How many samples
 
 
-def _children(node: Nested) -> list[tuple[Any, Nested]] | None:
-    """(key, child) of a container, None for a leaf."""
-    kind = type(node)
-    if kind is Tensor or kind is str:  # the common leaves and containers first: this runs for every micro-batch
-        return None
-    if kind is dict:
-        return list(node.items())
-    if kind is list or kind is tuple:
-        return list(enumerate(node))
-    if isinstance(node, Mapping):
-        return list(node.items())
-    if isinstance(node, list | tuple):
-        return list(enumerate(node))
-    if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        return [(field.name, getattr(node, field.name)) for field in dataclasses.fields(node)]
-    return None
-
-
-def _rebuild(node: Nested, values: list[Nested]) -> Nested:
-    """A container like `node` with other children."""
-    if type(node) in (list, tuple):
-        return type(node)(values)
-    if isinstance(node, Mapping):
-        return _rebuild_mapping(node, dict(zip(node, values, strict=True)))
-    if isinstance(node, tuple) and hasattr(node, "_fields"):
-        return type(node)(*values)
-    if isinstance(node, list | tuple):
-        return type(node)(values)
-    clone = copy.copy(node)  # a dataclass: fields with init=False and frozen ones are set too
-    for field, value in zip(dataclasses.fields(node), values, strict=True):
-        object.__setattr__(clone, field.name, value)
-    return clone
-
-
-def _rebuild_mapping(node: Mapping[Any, Nested], items: dict[Any, Nested]) -> Nested:
-    if type(node) is dict:
-        return items
-    if not hasattr(node, "__setitem__"):
-        return type(node)(items)  # type: ignore[call-arg]
-    clone = copy.copy(node)  # keeps what a subclass remembers beside its items (defaultdict, BatchEncoding)
-    for key, value in items.items():
-        clone[key] = value
-    return clone
-
-
-def _leaves(node: Nested, path: str = "") -> Iterator[tuple[str, Nested]]:
-    """(path, leaf), the paths only where one is given to begin with."""
-    children = _children(node)
-    if children is None:
-        yield path, node
-        return
-    by_attribute = not isinstance(node, Mapping | list | tuple)
-    for key, child in children:
-        yield from _leaves(child, path and (f"{path}.{key}" if by_attribute else f"{path}[{key!r}]"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which leaves carry the batch dimension
-
-
-def _is_rows(leaf: Nested) -> bool:
-    return isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim > 0
-
-
-def _has_rows(node: Nested) -> bool:
-    children = _children(node)
-    return _is_rows(node) if children is None else any(_has_rows(child) for _, child in children)
-
-
-def _candidate_sizes(batch: Nested) -> Iterator[int]:
-    """First dimensions of the tensors, then lengths of lists that hold tensors (images of unlike size)."""
+def _first_dimensions(batch: Nested) -> Iterator[int]:
     seen = set()
-    for _, leaf in _leaves(batch):
-        if _is_rows(leaf) and not _is_opaque(leaf) and leaf.shape[0] not in seen:
+    for _, leaf in leaves(batch):
+        if is_rows(leaf) and not is_opaque(leaf) and leaf.shape[0] not in seen:
             seen.add(leaf.shape[0])
             yield leaf.shape[0]
-    yield from (n for n in _list_lengths(batch) if n not in seen)
 
 
-def _list_lengths(node: Nested) -> list[int]:
-    children = _children(node) or []
-    own = [len(node)] if isinstance(node, list | tuple) and _has_rows(node) else []
-    return own + [n for _, child in children for n in _list_lengths(child)]
+def _lists(batch: Nested) -> Iterator[Nested]:
+    """The lists and tuples in `batch` that may be lists of samples.
 
-
-def _fits(node: Nested, n: int, is_root: bool = False) -> bool:
-    """Whether `node` can be cut as n samples, or shared."""
-    if _is_rows(node):
-        return not _is_opaque(node) and node.shape[0] == n
-    children = _children(node)
-    if children is None:
-        return not _hides_tensors(node)
-    return _is_list_of_samples(node, n, is_root) or all(_fits(child, n) for _, child in children)
-
-
-def _is_list_of_samples(node: Nested, n: int, is_root: bool) -> bool:
-    """Whether a list is cut between its elements rather than inside them.
-
-    A tuple at the root is a record (inputs, targets), whatever its length, and so is a list there whose tensors are
-    not all of one kind.
+    At the root a tuple is a record (inputs, targets), whatever its length, and so is a list, unless it holds records
+    or tensors of one kind.
     """
-    if not isinstance(node, list | tuple) or hasattr(node, "_fields") or len(node) != n or n == 0:
-        return False
-    if not _has_rows(node):
-        return not is_root
-    if all(_fits(child, n) for child in node):
-        return False  # every element carries the batch dimension itself
-    return not is_root or (isinstance(node, list) and _of_one_kind(node))
+    if isinstance(batch, list) and _are_alike(batch):
+        yield batch
+    yield from _lists_within(batch)
 
 
-def _of_one_kind(items: list[Nested]) -> bool:
+def _lists_within(node: Nested) -> Iterator[Nested]:
+    for _, child in children(node) or ():
+        if is_list(child):
+            yield child
+        yield from _lists_within(child)
+
+
+def _fits(batch: Nested, n: int) -> bool:
+    """Whether `batch` can be cut as n samples."""
+    inner = children(batch)
+    if inner is None:
+        return is_rows(batch) and _fits_within(batch, n)
+    if isinstance(batch, list) and len(batch) == n > 0 and _are_alike(batch):
+        return True
+    return all(_fits_within(child, n) for _, child in inner)
+
+
+def _fits_within(node: Nested, n: int) -> bool:
+    """Whether `node`, in a batch of n samples, can be cut with them, or shared."""
+    if is_rows(node):
+        return not is_opaque(node) and bool(node.shape[0] == n)
+    inner = children(node)
+    if inner is None:
+        return not hides_tensors(node)
+    return (len(inner) == n > 0 and is_list(node)) or all(_fits_within(child, n) for _, child in inner)
+
+
+def _told_apart(batch: Nested, stacked: int, listed: int) -> int:
+    """The number of samples where every tensor has `stacked` rows, and yet lists of length `listed` may hold samples.
+
+    Two images (3, H, W) with three boxes in each look like three samples. A list of records holds samples; else so does
+    a list of images of unlike size, if a list of labels has its length. Raises ValueError if nothing decides.
+    """
+    lists = [node for node in _lists(batch) if len(node) == listed and has_rows(node) and node is not batch]
+    if not all(map(_are_alike, lists)):
+        return stacked
+    if any(map(_are_records, lists)):
+        return listed
+    if not any(map(_may_be_images, lists)) and not _are_records(batch):
+        return stacked
+    labels = {len(node) for node in _lists(batch) if not has_rows(node)} & {stacked, listed}
+    if len(labels) == 1:
+        return labels.pop()
+    raise ValueError(
+        f"the batch may hold {stacked} samples, the first dimension of all its tensors, or {listed}, the length of a "
+        f"list in it: no leaf decides. {_HELP}"
+    )
+
+
+def _are_alike(items: Nested) -> bool:
+    return _of_one_kind(items) or _are_records(items)
+
+
+def _are_records(items: Nested) -> bool:
+    """Whether `items` is a list of mappings that have the same keys."""
+    return is_list(items) and all(isinstance(x, Mapping) and x.keys() == items[0].keys() for x in items) and bool(items)
+
+
+def _of_one_kind(items: Nested) -> bool:
     return all(isinstance(x, Tensor) and (x.ndim, x.dtype) == (items[0].ndim, items[0].dtype) for x in items)
 
 
-def _is_opaque(leaf: Nested) -> bool:
-    return isinstance(leaf, Tensor) and (leaf.is_nested or leaf.layout != torch.strided)
-
-
-def _hides_tensors(leaf: Nested) -> bool:
-    """Whether an object of an unknown class holds tensors, which sharing it would leave uncut."""
-    return any(_has_rows(value) for value in getattr(leaf, "__dict__", {}).values()) and not callable(leaf)
+def _may_be_images(items: Nested) -> bool:
+    """Whether the tensors of a list are of unlike shapes, and have too many dimensions for plain features (n, d)."""
+    return _of_one_kind(items) and items[0].ndim > 2 and any(x.shape != items[0].shape for x in items)
 
 
 def _misfit_message(batch: Nested) -> str:
-    for path, leaf in _leaves(batch, "batch"):
-        if _is_opaque(leaf):
+    for path, leaf in leaves(batch, "batch"):
+        if is_opaque(leaf):
             kind = "nested" if leaf.is_nested else str(leaf.layout)
             return f"{path} is a {kind} tensor, which cannot be cut. {_HELP}"
-        if not _is_rows(leaf) and _hides_tensors(leaf):
+        if not is_rows(leaf) and hides_tensors(leaf):
             return f"{path} is a {type(leaf).__name__}, an unknown container of tensors, which cannot be cut. {_HELP}"
-    rows = [(path, leaf) for path, leaf in _leaves(batch, "batch") if _is_rows(leaf)]
+    rows = [(path, leaf) for path, leaf in leaves(batch, "batch") if is_rows(leaf)]
     if not rows:
         return f"the batch, a {type(batch).__name__}, holds no tensor with a batch dimension. {_HELP}"
     first_path, first = rows[0]
@@ -238,37 +205,58 @@ def _misfit_message(batch: Nested) -> str:
 # Split and join
 
 
-def _split(node: Nested, n: int, sizes: Sequence[int], is_root: bool = False) -> list[Nested]:
+def _lists_of_samples(batch: Nested, n: int) -> set[int]:
+    """The lists (by id) that are cut between their elements: those of length n, unless their elements have n rows each.
+
+    Where they have, the list is one of batches (two views of two samples); it is one of samples all the same if it
+    holds records, or if its tensors are of one kind and stand beside a list of samples. Raises ValueError where that is
+    open for images of unlike size.
+    """
+    lists = [node for node in _lists(batch) if len(node) == n > 0]
+    doubtful = [x for x in lists if has_rows(x) and not _are_records(x) and all(_fits_within(item, n) for item in x)]
+    sure = [x for x in lists if not any(x is other for other in doubtful)]
+    beside = [x for x in doubtful if x is not batch and _of_one_kind(x)]
+    if any(map(has_rows, sure)):
+        sure += beside
+    elif any(map(_may_be_images, beside)):
+        raise ValueError(
+            f"a list of {n} tensors of unlike shapes with {n} rows each, in a batch of {n} samples, may hold samples "
+            f"or batches: no leaf decides. {_HELP}"
+        )
+    return set(map(id, sure))
+
+
+def _split(node: Nested, sizes: Sequence[int], lists: set[int]) -> list[Nested]:
     if isinstance(node, Tensor) and node.ndim:
         return list(torch.split(node, list(sizes)))
-    if _is_rows(node):
+    if is_rows(node):
         return list(np.split(node, np.cumsum(sizes)[:-1]))
-    children = _children(node)
-    if not children:
+    inner = children(node)
+    if not inner:
         return [node] * len(sizes)
-    if _is_list_of_samples(node, n, is_root):
+    if id(node) in lists:
         stops = np.cumsum(sizes).tolist()
         return [type(node)(node[stop - size : stop]) for size, stop in zip(sizes, stops, strict=True)]
-    columns = [_split(child, n, sizes) for _, child in children]
-    return [_rebuild(node, list(row)) for row in zip(*columns, strict=True)]
+    columns = [_split(child, sizes, lists) for _, child in inner]
+    return [rebuild(node, list(row)) for row in zip(*columns, strict=True)]
 
 
-def _join(nodes: list[Nested], ns: list[int], path: str, is_root: bool = False) -> Nested:
+def _join(nodes: list[Nested], lists: set[int], path: str) -> Nested:
     first = nodes[0]
     if isinstance(first, Tensor) and first.ndim:
         if any(node.shape[1:] != first.shape[1:] for node in nodes):
             raise ValueError(f"{path} cannot be joined: shapes {[tuple(node.shape) for node in nodes]}")
         return torch.cat(nodes)
-    if _is_rows(first):
+    if is_rows(first):
         return np.concatenate(nodes)
-    children = _children(first)
-    if not children:
-        return first
-    if all(_is_list_of_samples(node, n, is_root) for node, n in zip(nodes, ns, strict=True)):
+    if any(id(node) in lists for node in nodes):
         return type(first)(element for node in nodes for element in node)
-    others = [_children(node) or [] for node in nodes]
-    if any([key for key, _ in other] != [key for key, _ in children] for other in others):
+    inner = children(first)
+    if not inner:
+        return first
+    others = [children(node) or [] for node in nodes]
+    if any([key for key, _ in other] != [key for key, _ in inner] for other in others):
         raise ValueError(f"{path} cannot be joined: the parts differ in structure")
     columns = zip(*([child for _, child in other] for other in others), strict=True)
-    keys = [key for key, _ in children]
-    return _rebuild(first, [_join(list(col), ns, f"{path}[{key!r}]") for key, col in zip(keys, columns, strict=True)])
+    keys = [key for key, _ in inner]
+    return rebuild(first, [_join(list(col), lists, f"{path}[{key!r}]") for key, col in zip(keys, columns, strict=True)])
