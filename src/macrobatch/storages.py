@@ -1,4 +1,4 @@
-"""Live tensor storage on the CPU: counted around every operation, and refused where it would pass a limit."""
+"""Bytes of live tensor storage on the CPU: counted around every operation, refused where they would pass a limit."""
 
 import weakref
 from collections import deque
@@ -14,7 +14,7 @@ class LiveStorages(TorchDispatchMode):
     """Within the context `live` is the bytes of storage that this thread's operations have touched, `peak` its maximum.
 
     A storage counts whole and once, however many tensors view it, from the first operation that touches it until it is
-    freed. With `limit` (bytes) an operation that would make `live` larger raises torch.OutOfMemoryError: its outputs are
+    freed. An operation that would make `live` larger than `limit` bytes raises torch.OutOfMemoryError: its outputs are
     released and `live` is what it was. `device_type`: where a storage must lie to count; "meta" counts fake tensors.
     An instance is entered once; another thread may read it.
     """
@@ -22,7 +22,7 @@ class LiveStorages(TorchDispatchMode):
     supports_higher_order_operators = True  # torch.cond and the like count as one operation
 
     def __init__(self, limit: int | None = None, device_type: str = "cpu") -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.limit = limit
         self.peak = 0
         self._device_type = device_type
@@ -37,35 +37,54 @@ class LiveStorages(TorchDispatchMode):
         return self._touched - sum(counted.num_bytes for counted in tuple(self._freed))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count what goes in, run the operation, count what comes out. torch.OutOfMemoryError past the limit."""
+        """Count what goes in, run the operation, count what comes out. torch.OutOfMemoryError past the limit.
+
+        The error's traceback holds this frame: before it is raised the frame lets go of every tensor.
+        """
         kwargs = kwargs or {}
         self._subtract_freed()
         before, num_known = self._touched, len(self._counted)
         self._count(args)
         self._count(kwargs.values())
+        needed = self._touched - before
         if self._touched > self.peak and self._passes_limit():
-            del args, kwargs  # the error's traceback holds this frame, and must keep no tensor alive
-            error = self._out_of_memory(func, self._touched - before)
+            del args, kwargs
             self._forget_latest(len(self._counted) - num_known)
-            raise error
+            raise self._out_of_memory(func, needed)
+
         self._resized.clear()
         before = self._touched
         outputs = func(*args, **kwargs)
         self._subtract_freed()
         self._count((outputs,))
+        needed = self._touched - before
         if self._touched > self.peak and self._passes_limit():
             del args, kwargs, outputs
-            error = self._out_of_memory(func, self._touched - before)
             self._shrink_resized()
-            raise error
+            self._subtract_freed()
+            raise self._out_of_memory(func, needed)
         return outputs
+
+    def __enter__(self) -> "LiveStorages":
+        """Count from here on. Compiled functions run uncompiled: what they allocate is no operation that could be seen.
+
+        Left to itself torch runs a compiled function uncompiled under a mode, too, but then for good.
+        """
+        self._uncompiled = torch.compiler.set_stance("force_eager")
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: no wrapper of torch.compile around each operation: it costs 1 us and holds tensors in tracebacks."""
+        return False
 
     def __exit__(self, *error: Any) -> None:
         """Forget every storage; `live` and `peak` stay readable."""
-        super().__exit__(*error)
-        self._touched = self.live
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._uncompiled.__exit__(None, None, None)
+        self._subtract_freed()
         self._counted.clear()
-        self._freed.clear()
 
     def adopt(self, other: "LiveStorages") -> None:
         """What `other` counts, counts here too."""
@@ -108,7 +127,7 @@ class LiveStorages(TorchDispatchMode):
 
     def _passes_limit(self) -> bool:
         """Whether `live`, which has passed the peak, passes the limit too. If not it is the new peak."""
-        for counted in list(self._counted.values()):  # storage.resize_ is no operation: where it shrank shows only here
+        for counted in list(self._counted.values()):  # storage.resize_ is no operation: what it shrank shows only here
             storage = counted()
             if storage is not None and storage.nbytes() != counted.num_bytes:
                 self._set_size(counted, storage.nbytes())
@@ -130,13 +149,12 @@ class LiveStorages(TorchDispatchMode):
                 storage.resize_(before)
                 self._set_size(counted, before)
 
-    def _out_of_memory(self, func: Any, num_bytes: int) -> torch.OutOfMemoryError:
-        limit = self.limit or 0
-        live = self._touched - num_bytes
+    def _out_of_memory(self, func: Any, needed: int) -> torch.OutOfMemoryError:
+        limit, live = self.limit or 0, self._touched
         return torch.OutOfMemoryError(
-            f"memory_limit: out of memory. Tried to allocate {format_bytes(num_bytes)} in {func}: {format_bytes(live)} are live and "
-            f"{format_bytes(limit - live)} of the limit of {format_bytes(limit)} are free. Use a smaller micro_batch_size, recompute "
-            "activations with torch.utils.checkpoint, or raise the limit"
+            f"memory_limit: out of memory. {func} needed {format_bytes(needed)} more; {format_bytes(live)} are live, "
+            f"so {format_bytes(limit - live)} of the limit of {format_bytes(limit)} are free. Use a smaller "
+            "micro_batch_size, recompute activations (torch.utils.checkpoint), or raise the limit"
         )
 
 
@@ -149,10 +167,10 @@ class _Counted(weakref.ref[torch.UntypedStorage]):
 
 
 def storages_of(tensor: Tensor) -> tuple[torch.UntypedStorage, ...]:
-    """The storages that hold the numbers of `tensor`: one, several if it is sparse or a subclass made of tensors."""
+    """The storages that hold the numbers of `tensor`: one, or several if it is sparse or a subclass made of tensors."""
     if type(tensor) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(tensor):
-        names = tensor.__tensor_flatten__()[0]
-        parts = [part for name in names if isinstance(part := getattr(tensor, name), Tensor)]
+        inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        parts = [part for part in inner if isinstance(part, Tensor)]
     elif tensor.layout is torch.strided:
         return (tensor.untyped_storage(),)
     elif tensor.layout is torch.sparse_coo:
@@ -164,3 +182,15 @@ def storages_of(tensor: Tensor) -> tuple[torch.UntypedStorage, ...]:
     else:
         parts = []  # opaque to torch itself, such as oneDNN's own layout
     return tuple(storage for part in parts for storage in storages_of(part))
+
+
+def format_bytes(num_bytes: int) -> str:
+    """`num_bytes` for people, in units of 1000 as disks and GPUs are sold.
+
+    >>> format_bytes(999), format_bytes(1_500_000), format_bytes(6_000_000_000)
+    ('999 B', '1.50 MB', '6.00 GB')
+    """
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if abs(num_bytes) >= size:
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes} B"
