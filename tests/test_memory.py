@@ -441,6 +441,30 @@ def test_the_error_itself_holds_no_tensor(max_bytes: int) -> None:
     assert storage() is None
 
 
+def test_a_refused_operation_has_moved_buffers_and_random_numbers_if_only_its_outputs_did_not_fit() -> None:
+    layer, x = nn.BatchNorm1d(8), torch.randn(64, 8)
+    random_state = torch.get_rng_state()
+    with memory_limit(bytes_of(x, *layer.parameters(), *layer.buffers())):
+        with pytest.raises(torch.OutOfMemoryError):
+            layer(x)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.rand(KB)
+    assert layer.running_mean is not None
+    assert bool(layer.running_mean.any())
+    assert not torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_adam_that_ran_out_of_memory_in_its_first_step_needs_a_fresh_optimizer() -> None:
+    p = nn.Parameter(tensor_of(KB))
+    p.grad = tensor_of(KB)
+    optimizer = torch.optim.Adam([p])
+    with memory_limit(2 * KB), pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+    with pytest.raises(KeyError, match="exp_avg"):
+        optimizer.step()
+    torch.optim.Adam([p]).step()
+
+
 # ---- limits and meters inside one another
 
 
