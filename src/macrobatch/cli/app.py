@@ -173,7 +173,7 @@ def _folder_name(task: str) -> str:
 
 @contextmanager
 def _command(wanted: Path) -> Iterator[tuple[Console, Path]]:
-    """A console and a new output folder; mistakes and Ctrl-C end in a line and an exit code; no empty folder is left."""
+    """A console and a new output folder; mistakes and Ctrl-C end in a line and an exit code; no empty folder stays."""
     console, mistakes = Console(highlight=False), Console(stderr=True, highlight=False)
     with short_errors(mistakes):
         folder = new_folder(wanted)

@@ -16,7 +16,7 @@ from macrobatch.cli.figures import save_main_picture
 from macrobatch.cli.formats import bytes_text
 from macrobatch.cli.measure import GradientMeter, GradientStatistics, MemoryProbe, sizes_between
 from macrobatch.cli.progress import Progress
-from macrobatch.cli.race import Racer, race
+from macrobatch.cli.race import Racer, race, validation_points
 from macrobatch.cli.report import page, terminal_table
 from macrobatch.cli.runfiles import write_json, write_text
 from macrobatch.cli.sampling import UpdateIndices, take, update_sizes
@@ -25,7 +25,6 @@ from macrobatch.cli.words import findings
 from macrobatch.tasks import Task
 from macrobatch.tasks.task import num_samples
 
-NUM_VALIDATIONS = 8  # points on each validation curve after the first
 MOST_VALIDATION_SAMPLES = 512
 FORWARD_SHARE = 1 / 3  # of the work of forward and backward
 METER_SHARE = 1.5  # work of a sample while memory is measured
@@ -64,6 +63,8 @@ class Comparer:
         )
         self.samples = whole
         self.validation = list(validation_batches(task, self.micro_batch_size, MOST_VALIDATION_SAMPLES))
+        self.validation_work = FORWARD_SHARE * min(MOST_VALIDATION_SAMPLES, num_samples(task.validation, "validation"))
+        self.points = validation_points(len(self.indices))
         self.sizes = sizes_between(self.micro_batch_size, self.batch_size)
 
     def _check_sizes(self) -> None:
@@ -80,14 +81,14 @@ class Comparer:
         if samples < batch_size:
             raise ValueError(f"--samples {samples} is less than one effective batch of {batch_size}")
 
-    def work(self) -> float:
-        """All that is to do, in samples forward and backward."""
-        validations = (NUM_VALIDATIONS + 1) * MOST_VALIDATION_SAMPLES * FORWARD_SHARE
-        drawn = self.options.draws * (sum(self.sizes) + self.batch_size)
-        return METER_SHARE * self._probe_work() + 3 * (self.samples + validations) + drawn
+    def work(self, ways: Sequence[Way]) -> float:
+        """All that is to do if these ways fit, in samples forward and backward."""
+        probing = METER_SHARE * sum(2 * way.update_size for way in self.ways)
+        training = len(ways) * (self.samples + (len(self.points) + 1) * self.validation_work)
+        return probing + training + self.options.draws * self._drawn(any(way.key == "native" for way in ways))
 
-    def _probe_work(self) -> float:
-        return 2.0 * sum(way.update_size for way in self.ways)
+    def _drawn(self, native: bool) -> int:
+        return sum(self.sizes) + native * self.batch_size
 
     def memories(self, progress: Progress) -> dict[Key, Memory]:
         """The peak memory of each way. ValueError where not even accumulation fits the budget."""
@@ -110,7 +111,7 @@ class Comparer:
     def train(self, ways: Sequence[Way], progress: Progress) -> dict[Key, Racer]:
         """Every way has been trained on the samples."""
         racers = [Racer(self.task, way, self.learning_rate, self.device) for way in ways]
-        race(racers, self.indices, self.validation, NUM_VALIDATIONS, progress.advance)
+        race(racers, self.indices, self.validation, self.validation_work, self.points, progress.advance)
         return {racer.way.key: racer for racer in racers}
 
     def gradients(self, model: nn.Module, native: bool, progress: Progress) -> GradientStatistics:
@@ -119,8 +120,7 @@ class Comparer:
         generator = torch.Generator().manual_seed(self.options.seed + 1)
         for number in range(self.options.draws):
             meter.draw(torch.randperm(self.data_size, generator=generator)[: self.batch_size].tolist())
-            work = sum(self.sizes) + native * self.batch_size
-            progress.advance(work, f"gradient variance: draw {number + 1}/{self.options.draws}")
+            progress.advance(self._drawn(native), f"gradient variance: draw {number + 1}/{self.options.draws}")
         return meter.statistics()
 
 
@@ -136,7 +136,7 @@ def compare(task: Task, options: CompareOptions, folder: Path, console: Console)
     write_text(folder / "report.html", page(comparison, said))
     console.print(terminal_table(comparison))
     for finding in said:
-        console.print(f"[bold]{escape(finding.title)}.[/] {escape(finding.text)}")
+        console.print(f"\n[bold]{escape(finding.title)}.[/]\n{escape(finding.text)}")
     console.print(f"\nreport: {escape(str(folder / 'report.html'))}", soft_wrap=True)
     return comparison
 
@@ -159,9 +159,10 @@ def headline(comparer: Comparer, folder: Path) -> list[str]:
 
 def measure(comparer: Comparer, console: Console) -> Comparison:
     """Memory, training and gradient variance, one after the other."""
-    with Progress(console, comparer.work()) as progress:
+    with Progress(console, comparer.work(comparer.ways)) as progress:
         memories = comparer.memories(progress)
         fitting = [way for way in comparer.ways if memories[way.key].fits]
+        progress.expect(comparer.work(fitting))
         racers = comparer.train(fitting, progress)
         # Where accumulation ended: further than the start from where gradients all point the same way.
         gradients = comparer.gradients(racers["accumulated"].model, "native" in racers, progress)

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from macrobatch.cli.comparison import Comparison, Key, Result
+from macrobatch.cli.comparison import Comparison, Course, Key, Result
 from macrobatch.cli.formats import bytes_text, number_text
 from macrobatch.cli.plots import STYLE, smoothed, thousands
 
@@ -34,34 +34,35 @@ class Plot:
 
 def loss_over_samples(axes: Axes, comparison: Comparison) -> None:
     """Validation loss, and the training loss behind it, over the samples seen."""
-    for key, result in comparison.results.items():
-        if result.course is None:
-            continue
-        losses = smoothed([loss for _, loss in result.course.losses], max(1, len(result.course.losses) // 32))
-        axes.plot([n for n, _ in result.course.losses], losses, color=COLOR[key], linewidth=0.8, alpha=0.35)
-        curve = result.course.validation_losses
-        marker = "s" if key == "native" else "o"
-        face = "none" if key == "native" else COLOR[key]
-        size = 7 if key == "native" else 4
-        axes.plot(*zip(*curve, strict=True), color=COLOR[key], linestyle=LINE[key], marker=marker, markersize=size,
-                  markerfacecolor=face, label=result.way.name)  # fmt: skip
+    for result in comparison.results.values():
+        if result.course is not None:
+            _loss_curves(axes, result, result.course, lambda samples: samples)
     axes.set(xlabel="samples", ylabel="loss")
     thousands(axes)
     axes.legend()
 
 
 def loss_over_updates(axes: Axes, comparison: Comparison) -> None:
-    """The same validation losses over the number of updates."""
-    for key, result in comparison.results.items():
-        if result.course is None:
-            continue
-        updates = {n: number for number, (n, _) in enumerate(result.course.losses, 1)} | {0: 0}
-        points = [(updates[n], loss) for n, loss in result.course.validation_losses]
-        axes.plot(*zip(*points, strict=True), color=COLOR[key], linestyle=LINE[key], marker="o", markersize=4,
-                  markerfacecolor="none" if key == "native" else COLOR[key], label=result.way.name)  # fmt: skip
-    axes.set(xlabel="updates", ylabel="validation loss")
+    """The same losses over the number of updates."""
+    for result in comparison.results.values():
+        if result.course is not None:
+            updates = {n: number for number, (n, _) in enumerate(result.course.losses, 1)} | {0: 0}
+            _loss_curves(axes, result, result.course, updates.__getitem__)
+    axes.set(xlabel="updates", ylabel="loss")
     thousands(axes)
     axes.legend()
+
+
+def _loss_curves(axes: Axes, result: Result, course: Course, x_of: Callable[[int], int]) -> None:
+    key = result.way.key
+    training = smoothed([loss for _, loss in course.losses], max(1, len(course.losses) // 32))
+    axes.plot([x_of(n) for n, _ in course.losses], training, color=COLOR[key], linewidth=0.8, alpha=0.35)
+    # Where native and accumulation coincide, both show: open squares on a dashed line around dots on a solid one.
+    look: dict[str, Any] = {"marker": "o", "markersize": 4}
+    if key == "native":
+        look = {"marker": "s", "markersize": 7, "markerfacecolor": "none"}
+    x, losses = [x_of(n) for n, _ in course.validation_losses], [loss for _, loss in course.validation_losses]
+    axes.plot(x, losses, color=COLOR[key], linestyle=LINE[key], label=result.way.name, **look)
 
 
 def memory_bars(axes: Axes, comparison: Comparison) -> None:
@@ -97,8 +98,8 @@ def variance_by_size(axes: Axes, comparison: Comparison) -> None:
     for size, estimate in comparison.variances.items():
         key: Key = "small" if size == comparison.micro_batch_size else "accumulated"
         label = {sizes[0]: "small batch", sizes[-1]: "accumulation"}.get(size)
-        axes.errorbar(size, estimate.value, yerr=2 * estimate.standard_error, color=COLOR[key], marker="o", markersize=5,
-                      capsize=3, linestyle="none", label=label)  # fmt: skip
+        error = 2 * estimate.standard_error
+        axes.errorbar(size, estimate.value, yerr=error, color=COLOR[key], marker="o", capsize=3, ls="none", label=label)
     native = comparison.results["native"]
     if native.variance is not None:
         axes.plot(native.way.update_size, native.variance.value, color=COLOR["native"], marker="s", markersize=10,
@@ -137,7 +138,7 @@ PLOTS: Sequence[Plot] = (
     Plot(
         "loss-samples", "Loss over samples seen: lines with marks validation, faint lines training", loss_over_samples
     ),
-    Plot("loss-updates", "The same validation losses over updates", loss_over_updates),
+    Plot("loss-updates", "The same losses over updates", loss_over_updates),
     Plot("memory", "Peak memory: parameters, gradients, optimizer state, activations, input", memory_bars),
     Plot(
         "variance", "Variance of an update's gradient at common parameters, bars of 2 standard errors", variance_by_size

@@ -56,14 +56,15 @@ def number_text(value: float | None, digits: int = 3) -> str:
 
 
 def with_error(value: float, standard_error: float) -> str:
-    """A value and its standard error, both to the error's second digit.
+    """A value and its standard error, both to the error's first digit, to its second where the first is 1 or 2.
 
-    >>> with_error(0.67129, 0.0123), with_error(1234.5, 67.8)
-    ('0.671 ± 0.012', '1234 ± 68')
+    >>> with_error(0.67129, 0.0123), with_error(0.67129, 0.0078), with_error(1234.5, 67.8)
+    ('0.671 ± 0.012', '0.671 ± 0.008', '1234 ± 68')
     """
     if not (math.isfinite(standard_error) and standard_error > 0):
         return number_text(value)
-    decimals = max(1 - math.floor(math.log10(standard_error)), 0)
+    magnitude = math.floor(math.log10(standard_error))
+    decimals = max((1 if standard_error < 3 * 10.0**magnitude else 0) - magnitude, 0)
     if decimals > 6:
         return f"{value:.3g} ± {standard_error:.1g}"
     return f"{value:.{decimals}f} ± {standard_error:.{decimals}f}"

@@ -16,6 +16,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.linewidth": 0.6,
     "grid.alpha": 0.35,
     "legend.frameon": False,

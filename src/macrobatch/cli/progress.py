@@ -10,6 +10,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from macrobatch.cli.formats import duration_text
 
 SECONDS_BETWEEN_LINES = 10.0
+EARLIEST_ESTIMATE = 0.02  # of the work: before that, starting up would be taken for the pace
 
 
 class Progress:
@@ -42,6 +43,11 @@ class Progress:
     ) -> None:
         self._bar.stop()
 
+    def expect(self, total: float) -> None:
+        """The total has turned out to be another one."""
+        self._total = total
+        self._bar.update(self._row, total=total)
+
     def advance(self, amount: float, text: str) -> None:
         """`amount` more of the total is done; `text` says what is going on now."""
         self.done += amount
@@ -54,4 +60,6 @@ class Progress:
 
     def _time_left(self) -> str:
         elapsed = time.monotonic() - self._started
-        return f"{duration_text(elapsed * max(self._total / self.done - 1, 0))} left" if self.done else ""
+        if self.done < EARLIEST_ESTIMATE * self._total:
+            return ""
+        return f"{duration_text(elapsed * max(self._total / self.done - 1, 0))} left"

@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -79,17 +79,19 @@ def race(
     racers: Sequence[Racer],
     indices: UpdateIndices,
     validation: Sequence[Any],
-    num_validations: int,
+    validation_work: float,
+    points: Collection[int],
     advance: Callable[[float, str], None],
 ) -> None:
-    """Every racer has learned from every sample, an effective batch each in turn, and been validated on the way.
+    """Every racer has learned from every sample, an effective batch each in turn, and been validated at `points`.
 
-    `advance(work, text)` is told of each piece of work, counted in samples forward and backward.
+    `points`: counts of effective batches. `advance(work, text)` is told of each piece of work, counted in samples
+    forward and backward, of which a validation is `validation_work`.
     """
     count = len(indices)
-    points = {round(point * count / num_validations) for point in range(1, num_validations + 1)}
     for racer in racers:
         racer.validate_on(validation, with_metrics=False)
+        advance(validation_work, f"validating: {racer.way.name}")
     for number, batch in enumerate(indices, 1):
         samples = take(racers[0].task.train, batch)
         # Each goes first in its turn, so that a machine that slows down or speeds up does so for all alike.
@@ -99,4 +101,14 @@ def race(
         if number in points:
             for racer in racers:
                 racer.validate_on(validation, with_metrics=number == count)
-                advance(0, f"validating: {racer.way.name}")
+                advance(validation_work, f"validating: {racer.way.name}")
+
+
+def validation_points(count: int) -> set[int]:
+    """After how many of `count` effective batches to validate: every eighth of the run, and more often at the start.
+
+    >>> sorted(validation_points(64))
+    [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]
+    """
+    eighths = {round(eighth * count / 8) for eighth in range(1, 9)}
+    return {point for point in eighths | {count // 16, count // 32, count // 64} if point > 0}

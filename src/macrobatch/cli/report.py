@@ -42,19 +42,19 @@ def _expected_variance(comparison: Comparison, result: Result) -> str:
 def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
     """What is measured, and its value for each way."""
     table: list[Row] = [
-        ("samples in an update", lambda _, result: str(result.way.update_size)),
-        ("samples in memory at once", lambda _, result: str(result.way.micro_batch_size)),
+        ("samples per update", lambda _, result: str(result.way.update_size)),
+        ("samples at once", lambda _, result: str(result.way.micro_batch_size)),
         ("peak memory", _memory),
         ("updates", _of_course(lambda course: f"{len(course.update_seconds):,}")),
         ("time per update", _of_course(lambda course: seconds_text(course.seconds_per_update))),
         ("samples per second", _of_course(lambda course: f"{course.samples_per_second:,.0f}")),
         ("gradient variance", _variance),
-        ("expected of it by 1/B", _expected_variance),
+        ("expected by 1/B", _expected_variance),
         ("validation loss", _of_course(lambda course: f"{course.final.loss:.4f}")),
     ]
     table += [(name, _of_course(_metric(name))) for name in _metric_names(comparison)]
     if any(result.course and result.course.skipped for result in comparison.results.values()):
-        table.append(("updates skipped, not finite", _of_course(lambda course: str(course.skipped))))
+        table.append(("updates skipped", _of_course(lambda course: str(course.skipped))))
     return [(label, [text(comparison, result) for result in comparison.results.values()]) for label, text in table]
 
 

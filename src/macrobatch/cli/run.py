@@ -145,5 +145,5 @@ def _sizes(data_size: int, batch_size: int, options: TrainOptions) -> list[int]:
     given = {"updates": options.updates, "epochs": options.epochs, "samples": options.samples}
     limits = {name: value for name, value in given.items() if value is not None}
     if len(limits) > 1:
-        raise ValueError("give one of --updates, --epochs and --samples, not several")
+        raise ValueError("give one of --steps, --epochs and --samples, not several")
     return update_sizes(data_size, batch_size, **(limits or {"epochs": 1}))

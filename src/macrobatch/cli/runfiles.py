@@ -5,8 +5,8 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ def save_weights(folder: Path, model: nn.Module) -> Path:
 
 
 class UpdateLog:
-    """One JSON line per update in metrics.jsonl, written out at once, and the same as TensorBoard events."""
+    """A context: one JSON line per update in metrics.jsonl, written out at once, and TensorBoard events of the same."""
 
     def __init__(self, folder: Path) -> None:
         self._lines = (folder / "metrics.jsonl").open("w", encoding="utf-8")
@@ -94,8 +94,11 @@ class UpdateLog:
         for name, value in means.items():
             self._events.add_scalar(f"validation/{name}", value, update)
 
-    def close(self) -> None:
-        """Everything is on disk."""
-        with suppress(OSError):
-            self._lines.close()
-        self._events.close()
+    def __enter__(self) -> "UpdateLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._lines:
+            self._events.close()

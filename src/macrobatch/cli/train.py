@@ -36,19 +36,14 @@ def train(run: Run, folder: Path, console: Console) -> int:
     """The run has ended, and everything about it is in `folder`; returns the exit code of the process."""
     for line in headline(run, folder):
         console.print(escape(line), soft_wrap=True)
-    log, rows = UpdateLog(folder), list[dict[str, Any]]()
+    rows: list[dict[str, Any]] = []
     memory = MemoryUse(run.device, run.options.max_memory)
-    started = time.monotonic()
     with CtrlC() as ctrl_c:
-        outcome = _all_updates(run, log, rows, ctrl_c, memory, console)
-        seconds = time.monotonic() - started
-        validation = None
-        if outcome == "finished":
-            console.print("validating")
-            batches = validation_batches(run.task, run.micro_batch_size)
-            validation = validate(run.model, run.task, batches, autocast=run.autocast, stop=lambda: ctrl_c.wanted)
-            log.write_validation(run.updates, {"loss": validation.loss, **validation.metrics})
-        log.close()
+        with UpdateLog(folder) as log:
+            started = time.monotonic()
+            outcome = _all_updates(run, log, rows, ctrl_c, memory, console)
+            seconds = time.monotonic() - started
+            validation = _validate(run, log, ctrl_c, console) if outcome == "finished" else None
         ending = Ending(outcome, seconds, validation, memory)
         _write(run, ending, rows, folder)
     for line in closing(run, ending, folder):
@@ -66,6 +61,7 @@ def _all_updates(
         with memory, Progress(console, sum(run.sizes)) as progress:
             for window in run.windows():
                 row = run.advance(window)
+                del window  # before the next one is collated: only one is in memory
                 rows.append(row)
                 log.write(row)
                 progress.advance(row["samples"] - progress.done, _status(run, row, memory))
@@ -74,6 +70,14 @@ def _all_updates(
     except torch.OutOfMemoryError:
         return "out of memory"
     return "finished"
+
+
+def _validate(run: Run, log: UpdateLog, ctrl_c: CtrlC, console: Console) -> Validation:
+    console.print("validating")
+    batches = validation_batches(run.task, run.micro_batch_size)
+    validation = validate(run.model, run.task, batches, autocast=run.autocast, stop=lambda: ctrl_c.wanted)
+    log.write_validation(run.updates, {"loss": validation.loss, **validation.metrics})
+    return validation
 
 
 def _status(run: Run, row: dict[str, Any], memory: MemoryUse) -> str:

@@ -39,7 +39,8 @@ def equality(comparison: Comparison) -> Finding | None:
     along = max(abs(a[1] - b[1]) for a, b in zip(accumulated.validation_losses, native.validation_losses, strict=True))
     losses = (
         f"After {comparison.samples:,} samples their validation losses are {accumulated.final.loss:.4f} and "
-        f"{native.final.loss:.4f}, {abs(difference):.4f} apart; the largest difference on the way was {along:.4f}."
+        f"{native.final.loss:.4f}, {number_text(abs(difference), 2)} apart; the largest difference on the way was "
+        f"{number_text(along, 2)}."
     )
     gradients = (
         ""
@@ -106,56 +107,58 @@ def small_batch(comparison: Comparison) -> Finding | None:
     if small is None or large is None:
         return None
     difference = paired_difference(small.final, large.final)
+    at_equal_updates = dict(small.validation_losses).get(len(large.update_seconds) * comparison.micro_batch_size)
     losses = (
         f"Validation loss {small.final.loss:.3f} against {large.final.loss:.3f} after the same {comparison.samples:,} "
         f"samples at the same learning rate {comparison.learning_rate:.3g} "
         f"(difference {with_error(difference.value, difference.standard_error)}; one seed). "
     )
-    updates = (
-        f"It made {len(small.update_seconds):,} updates where the large batch made {len(large.update_seconds):,}. "
-    )
+    updates = f"It made {len(small.update_seconds):,} updates where the large batch made {len(large.update_seconds):,}"
     if not is_clear(difference):
         title = "Small and large batch learned alike from the same samples"
-        return Finding(title, losses + updates + "Neither is clearly ahead. " + _noise(comparison))
+        return Finding(title, f"{losses}{updates}, and neither is clearly ahead. {_worth(comparison)}")
     if difference.value < 0:
         title = "From the same samples at the same learning rate, the small batch learned faster"
-        return Finding(title, losses + updates + _noise(comparison) + _advice(comparison))
+        after = (
+            ""
+            if at_equal_updates is None
+            else f" (after its first {len(large.update_seconds):,} it stood at {at_equal_updates:.3f})"
+        )
+        reason = f"{after}, and at an equal learning rate an update of either moves about as far along the gradient. "
+        return Finding(title, losses + updates + reason + _worth(comparison) + _advice(comparison))
     title = "From the same samples at the same learning rate, the large batch learned better"
-    reason = (
-        "For the small batch this learning rate is too large for the noise of its gradients: with a smaller one it may "
-        "come out ahead. "
-    )
-    return Finding(title, losses + updates + reason + _noise(comparison))
+    reason = ", but this learning rate is too large for its noise: a smaller one may help it. "
+    return Finding(title, losses + updates + reason + _worth(comparison))
 
 
-def _noise(comparison: Comparison) -> str:
-    """How much an update of either size is worth by the gradient noise scale."""
+def _worth(comparison: Comparison) -> str:
+    """What one update of the large batch is worth in updates of the small one, by the gradient noise scale."""
     scale, small, large = comparison.noise_scale, comparison.micro_batch_size, comparison.batch_size
-    squared = comparison.gradient_squared
-    if not is_clear(squared) or squared.value <= 0:
+    if comparison.gradient_squared.value <= 0 or not is_clear(comparison.gradient_squared):
         return (
-            f"The mean gradient is lost in the noise of {comparison.draws} draws of {large} samples, so the gradient "
+            f"The mean gradient is lost in the noise of {comparison.draws} draws of {large} samples: the gradient "
             "noise scale is far above the batch sizes here. "
         )
-    gain = (large / small) * (scale.value + small) / (scale.value + large)
-    tail = (
-        "This learning rate does not use even that"
-        if gain > 1.1
-        else "Making the batch larger buys next to nothing here"
-    )
+    gain = (large / small) * (scale.value + small) / (scale.value + large)  # Johnson et al. 2020; docs/glossary.md
+    share = gain * small / large
+    if share > 0.8:
+        verdict = "so with a learning rate of its own the large batch could nearly keep up. "
+    elif share < 0.5:
+        verdict = "so even with a learning rate of its own the large batch would fall behind. "
+    else:
+        verdict = "so a learning rate of its own would make up for part of it. "
     return (
-        f"The gradient noise scale, where noise and gradient are equally large, is about "
-        f"{number_text(scale.value, 2)} samples after this training: by it one update of {large} is worth at most "
-        f"{gain:.1f} updates of {small}, each with its best learning rate, and costs the samples of "
-        f"{number_text(large / small, 2)}. {tail}: at an equal learning rate a step is about as long for either, "
-        "and the small batch makes more of them. "
+        "The gradient noise scale, the batch size at which noise and gradient are equally large, is about "
+        f"{number_text(scale.value, 2)} samples where accumulation ended: there one update of {large}, each with its "
+        f"best learning rate, is worth {gain:.1f} updates of {small} and costs the samples of {large / small:.3g}, "
+        f"{verdict}"
     )
 
 
 def _advice(comparison: Comparison) -> str:
     return (
-        f"So where an update of {comparison.micro_batch_size} samples is enough, do not accumulate; accumulate where "
-        "the recipe, its learning rate or the noise asks for the larger batch."
+        f"Where an update of {comparison.micro_batch_size} samples is enough, do not accumulate; accumulate where the "
+        "recipe, its learning rate or the noise asks for the larger batch."
     )
 
 
@@ -212,16 +215,18 @@ def speed(comparison: Comparison) -> Finding | None:
     if native is None:
         return Finding("Speed: the native large batch was not timed", text)
     ratio = time_ratio(accumulated, native)
-    measured = f" Time against native, window by window: {with_error(ratio.value, ratio.standard_error)}."
-    return Finding(_speed_title(ratio), text + measured)
+    measured = with_error(ratio.value, ratio.standard_error)
+    return Finding(
+        _speed_title(ratio), f"{text} Its time over that of the native batch, for the same samples: {measured}."
+    )
 
 
 def _speed_title(ratio: Estimate) -> str:
-    off = abs(ratio.value - 1)
-    if off <= EQUAL_TIME or not is_clear(ratio, 1.0):
+    if abs(ratio.value - 1) <= EQUAL_TIME or not is_clear(ratio, 1.0):
         return "Accumulation and the native batch took the same time for the same samples"
-    word = "longer" if ratio.value > 1 else "less time"
-    return f"Accumulation took {off:.0%} {word} than the native batch for the same samples, on this machine"
+    return (
+        f"Accumulation took {ratio.value:.2f} times as long as the native batch for the same samples, on this machine"
+    )
 
 
 def _course(comparison: Comparison, key: str) -> Course | None:

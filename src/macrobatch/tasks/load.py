@@ -33,7 +33,7 @@ def load_task(name: str, /, *, seed: int = 0, **options: Any) -> Task:
         torch.manual_seed(seed)
         task = function(**options)
     if not isinstance(task, Task):
-        raise ValueError(f"{name} returned a {type(task).__name__}; a macrobatch.tasks.Task is needed")
+        raise ValueError(f"{name} returned a value of type {type(task).__name__}; a macrobatch.tasks.Task is needed")
     return task
 
 

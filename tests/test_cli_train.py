@@ -1,0 +1,339 @@
+"""`macrobatch train`: everything is in the output folder, mistakes are a line each, and Ctrl-C keeps what is done."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from macrobatch.cli import app
+from macrobatch.tasks import load_task
+
+TINY_LM = [
+    "--task",
+    "code-lm",
+    "--task-option",
+    "d_model=8",
+    "--task-option",
+    "num_layers=1",
+    "--task-option",
+    "num_heads=2",
+]
+LINE = ["--task", "own_tasks:line"]
+
+
+def run(*arguments: str | Path, code: int = 0) -> str:
+    """What `macrobatch train` prints, both streams, unwrapped; the exit code is checked."""
+    result = CliRunner().invoke(app, ["train", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "summary.json").read_text(), parse_constant=pytest.fail)
+    return found
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in rows(folder)]
+
+
+# ---- what a run leaves behind
+
+
+def test_a_run_leaves_metrics_events_summary_plot_and_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    said = run(*TINY_LM, "--batch-size", "12", "--micro-batch-size", "5", "--steps", "4", "--output", folder)
+    log = rows(folder)
+    assert [row["update"] for row in log] == [1, 2, 3, 4]
+    assert [row["samples"] for row in log] == [12, 24, 36, 48]
+    assert {(row["micro_batches"], row["largest_micro_batch"], row["applied"]) for row in log} == {(3, 4, True)}
+    assert all(row["loss"] > 1 and row["grad_norm"] > 0 and row["seconds"] > 0 and row["lr"] == 2e-3 for row in log)
+    ended = summary(folder)
+    assert ended["outcome"] == "finished"
+    assert ended["validation_samples"] == len(load_task("code-lm").validation)
+    assert ended["validation_metrics"]["bits per byte"] == pytest.approx(
+        ended["validation_loss"] / math.log(2), rel=1e-5
+    )
+    assert ended["peak_bytes"] > 1e6
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "</svg>" in (folder / "loss.svg").read_text()
+    assert list((folder / "tensorboard").glob("events.*"))
+    assert set(weights(folder)) == set(load_task("code-lm", num_layers=1).model.state_dict())
+    assert "4 updates of 12 samples, each in 3 micro-batches of at most 5" in said
+    assert f"loss {ended['validation_loss']:.4g}"[:9] in said
+    assert not [path.name for path in folder.iterdir() if "partial" in path.name]
+
+
+def test_training_is_that_of_the_whole_batch_by_hand_whatever_the_micro_batch(tmp_path: Path) -> None:
+    for size in (8, 3):
+        run(*LINE, "--micro-batch-size", size, "--epochs", 1, "--seed", 5, "--output", tmp_path / str(size))
+    task = load_task("own_tasks:line", seed=5)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(5)).tolist()
+    by_hand = []
+    for start in range(0, 40, 8):
+        inputs, targets = task.collate([task.train[index] for index in order[start : start + 8]])
+        loss = (task.model(inputs) - targets).pow(2).mean()
+        loss.backward()
+        with torch.no_grad():
+            for p in task.model.parameters():
+                p -= 0.05 * p.grad
+                p.grad = None
+        by_hand.append(loss.item())
+    for size in (8, 3):
+        assert losses(tmp_path / str(size)) == pytest.approx(by_hand, rel=1e-5)
+        assert torch.allclose(weights(tmp_path / str(size))["weight"], task.model.weight, rtol=1e-5)
+
+
+def test_another_seed_is_another_run_and_the_same_seed_the_same(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(*LINE, "--steps", 3, "--seed", seed, "--output", tmp_path / name)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("limit", "sizes"),
+    [
+        (["--epochs", "2"], [16, 16, 8, 16, 16, 8]),
+        (["--steps", "4"], [16, 16, 8, 16]),
+        (["--samples", "50"], [16, 16, 8, 10]),
+        ([], [16, 16, 8]),
+    ],
+)
+def test_a_run_lasts_as_long_as_asked_with_a_short_batch_at_the_end_of_an_epoch(
+    limit: list[str], sizes: list[int], tmp_path: Path
+) -> None:
+    run(*LINE, "--batch-size", 16, *limit, "--output", tmp_path / "run")
+    seen = [0, *(row["samples"] for row in rows(tmp_path / "run"))]
+    assert [after - before for before, after in pairwise(seen)] == sizes
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+        ("linear", [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.25, 0.5, 0.75, 1, 1, *((1 + math.cos(math.pi * part / 4)) / 2 for part in (1, 2, 3))]),
+    ],
+)
+def test_the_learning_rate_warms_up_and_then_follows_its_schedule(
+    schedule: str, expected: list[float], tmp_path: Path
+) -> None:
+    run(*LINE, "--steps", 8, "--warmup", 4, "--schedule", schedule, "--lr", 0.01, "--output", tmp_path / "run")
+    assert [row["lr"] / 0.01 for row in rows(tmp_path / "run")] == pytest.approx(expected)
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_does_not_move_the_schedule(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    said = run(*LINE, "--task-option", "bad=7", "--schedule", "linear", "--output", folder)
+    log = rows(folder)
+    (bad,) = [number for number, row in enumerate(log) if not row["applied"]]
+    assert log[bad]["loss"] is None  # JSON knows no infinity
+    rates = [row["lr"] for row in log]
+    if bad + 1 < len(log):
+        assert rates[bad + 1] == rates[bad]
+    assert len(set(rates)) == len(rates) - (bad + 1 < len(log))
+    assert summary(folder)["updates_applied"] == len(log) - 1
+    assert "1 updates skipped" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "rate", "said"),
+    [
+        ([], 0.05, r"tuned at batch size 8 and not scaled to 32: see --scaling"),
+        (["--scaling", "linear"], 0.2, "linear rule: 0.05 at batch size 8"),
+        (["--scaling", "sqrt"], 0.1, "sqrt rule"),
+        (["--scaling", "sqrt", "--lr", "0.3", "--base-batch-size", "128"], 0.15, "sqrt rule: 0.3 at batch size 128"),
+        (["--lr", "0.3"], 0.3, "learning rate 0.3, constant"),
+    ],
+)
+def test_the_learning_rate_is_scaled_only_when_asked(
+    options: list[str], rate: float, said: str, tmp_path: Path
+) -> None:
+    text = run(*LINE, "--batch-size", 32, "--steps", 1, *options, "--output", tmp_path / "run")
+    assert rows(tmp_path / "run")[0]["lr"] == pytest.approx(rate)
+    assert said in text
+
+
+def test_the_gradient_is_clipped_to_max_norm(tmp_path: Path) -> None:
+    run(*LINE, "--steps", 1, "--max-norm", 0.01, "--lr", 1.0, "--output", tmp_path / "run")
+    before, after = load_task("own_tasks:line").model.state_dict(), weights(tmp_path / "run")
+    moved = math.sqrt(sum(float((after[name] - before[name]).pow(2).sum()) for name in before))
+    assert moved == pytest.approx(0.01, rel=1e-3)
+    assert rows(tmp_path / "run")[0]["grad_norm"] > 0.1  # before clipping
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_trains(precision: str, tmp_path: Path) -> None:
+    said = run(
+        *LINE, "--precision", precision, "--epochs", 3, "--lr", 0.2, "--device", "cpu", "--output", tmp_path / "r"
+    )
+    assert summary(tmp_path / "r")["updates_applied"] >= 13  # the scaler of fp16 begins too high on purpose
+    assert losses(tmp_path / "r")[-1] < 0.3 * losses(tmp_path / "r")[0]
+    assert ("fp16 on a CPU works but is slow" in said) == (precision == "fp16")
+
+
+def test_an_output_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
+    for _ in range(3):
+        said = run(*LINE, "--steps", 1, "--output", tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run-2", "run-3"]
+    assert f"writing to {tmp_path / 'run-3'}" in said
+
+
+def test_an_empty_folder_is_used_as_it_is(tmp_path: Path) -> None:
+    run(*LINE, "--steps", 1, "--output", tmp_path)
+    assert (tmp_path / "summary.json").exists()
+
+
+# ---- memory
+
+
+def test_a_micro_batch_beyond_the_budget_ends_in_a_line_that_says_what_to_change(tmp_path: Path) -> None:
+    options = [*LINE, "--task-option", "hidden=1000", "--max-memory", "200KB", "--steps", "2"]
+    said = run(*options, "--batch-size", 40, "--micro-batch-size", 40, "--output", tmp_path / "large", code=2)
+    assert "error: out of memory in update 1: micro-batches of 40 do not fit into the budget of 200,000 bytes; " in said
+    assert "try --micro-batch-size 20, which gives the same gradient, or more --max-memory" in said
+    assert summary(tmp_path / "large")["outcome"] == "out of memory at update 0"
+    run(*options, "--batch-size", 40, "--micro-batch-size", 4, "--output", tmp_path / "small")
+    ended = summary(tmp_path / "small")
+    assert ended["peak_of"] == "tensors"
+    assert ended["peak_bytes"] <= 200_000
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size"),
+        (["--batch-size", "many"], "--batch-size"),
+        (["--micro-batch-size", "0"], "at least 1, is needed; got '0'"),
+        (["--micro-batch-size", "-3"], "at least 1, is needed; got '-3'"),
+        (["--micro-batch-size", "auto"], "auto is not there yet: give a number"),
+        (["--schedule", "zigzag"], "'zigzag' is not one of 'constant', 'linear', 'cosine'"),
+        (["--precision", "fp8"], "'fp8' is not one of 'fp32', 'bf16', 'fp16'"),
+        (["--scaling", "cubic"], "'cubic' is not one of 'none', 'linear', 'sqrt'"),
+        (["--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
+        (["--lr", "-1"], "a number above 0 is needed; got '-1'"),
+        (["--lr", "nan"], "a number above 0 is needed; got 'nan'"),
+        (["--max-norm", "0"], "a number above 0 is needed; got '0'"),
+        (["--max-memory", "lots"], "'lots' is not a number of bytes"),
+        (["--task-option", "size"], "a task option is written name=value"),
+        (["--warmup", "-1"], "--warmup"),
+        (["--task", "cats"], "error: there is no task 'cats'. Built-in tasks: code-lm, digits"),
+        (["--task", "no_such_module:f"], "error: cannot import 'no_such_module'"),
+        (["--task-option", "colour=red"], "error: task 'own_tasks:line' has no option 'colour'; its options: size"),
+        (["--batch-size", "41"], "error: --batch-size 41 is more than the 40 training samples of line"),
+        (["--steps", "3", "--epochs", "2"], "error: give one of --steps, --epochs and --samples"),
+        (["--steps", "3", "--warmup", "4"], "error: --warmup 4 is longer than the run of 3 updates"),
+        (["--scaling", "sqrt", "--lr", "0.1"], "error: --scaling sqrt with a --lr of your own needs --base-batch-size"),
+        (["--task", "own_tasks:bare_token_mean"], "error: the loss_fn returned a bare scalar"),
+    ],
+)
+def test_a_mistake_is_named_before_any_work_and_leaves_nothing(
+    options: list[str], message: str, tmp_path: Path
+) -> None:
+    said = run(*LINE, *options, "--output", tmp_path / "run", code=2)
+    assert message in " ".join(said.replace("│", " ").split())
+    assert "Traceback" not in said
+    if "own_tasks:bare_token_mean" not in options:  # this one is only found when the first window runs
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
+    said = run(*LINE, "--device", "cuda", "--output", tmp_path / "run", code=2)
+    assert "error: --device cuda: torch sees no CUDA device here; use --device cpu, or auto" in said
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("something")
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        said = run(*LINE, "--output", output, code=2)
+        assert f"error: cannot write to the output folder {output}" in said
+        assert "choose another with --output" in said
+    assert (tmp_path / "file").read_text() == "something"
+
+
+def test_a_bug_in_a_task_of_ones_own_keeps_its_traceback(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a bug of my own"):
+        run("--task", "own_tasks:broken", "--output", tmp_path / "run")
+
+
+def test_without_an_extra_the_command_line_says_what_to_install() -> None:
+    program = "import sys; sys.modules['rich'] = None; import macrobatch.cli"
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert child.returncode == 1
+    assert child.stderr.strip() == "error: the command line needs rich: pip install 'macrobatch[cli]'"
+
+
+# ---- real processes
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The installed command, in the folder of these tests, so that it finds own_tasks there."""
+    command = [str(Path(sys.executable).with_name("macrobatch")), "train", *LINE, *arguments, "--output", str(folder)]
+    return subprocess.Popen(
+        command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ
+    )
+
+
+def wait_for_updates(folder: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    log = folder / "metrics.jsonl"
+    while not log.exists() or log.read_text().count("\n") < count:
+        assert time.monotonic() < deadline, "no updates"
+        time.sleep(0.02)
+
+
+def test_ctrl_c_keeps_what_is_done_and_ends_with_130(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    child = start(folder, "--steps", "100000", "--task-option", "seconds=0.002")
+    wait_for_updates(folder, 3)
+    child.send_signal(signal.SIGINT)
+    said, _ = child.communicate(timeout=120)
+    assert child.returncode == 130, said
+    done = rows(folder)
+    assert summary(folder)["outcome"] == f"interrupted at update {len(done)}"
+    assert summary(folder)["updates"] == len(done) == done[-1]["update"]
+    assert summary(folder)["validation_loss"] is None
+    assert set(weights(folder)) == {"weight", "bias"}
+    assert (folder / "loss.png").exists()
+    assert f"interrupted at update {len(done)}: {len(done)} of 100000 updates" in said
+    assert "Traceback" not in said
+
+
+def test_ctrl_c_before_the_first_update_leaves_nothing_and_ends_with_130(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    child = start(folder, "--task-option", "size=100")
+    deadline = time.monotonic() + 120
+    while not folder.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    child.send_signal(signal.SIGINT)
+    said, _ = child.communicate(timeout=120)
+    assert child.returncode in (130, 0), said  # 0 where it was quicker than the signal
+    assert "Traceback" not in said

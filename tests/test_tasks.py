@@ -1,0 +1,309 @@
+"""Tasks: the same for the same seed, disjoint in their data, and clear about what is wrong with a name or an option."""
+
+import hashlib
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset, default_collate
+
+import macrobatch as mb
+from macrobatch.tasks import Task, load_task, parse_task_option, task_names
+from macrobatch.tasks.code_lm import MAX_FILE_BYTES, ByteContexts, is_validation, source_files
+
+TINY: dict[str, dict[str, Any]] = {
+    "code-lm": {"d_model": 8, "num_layers": 1, "num_heads": 2, "context": 16},
+    "digits": {"width": 2},
+}
+
+
+@pytest.fixture(params=sorted(TINY))
+def task(request: pytest.FixtureRequest) -> Task:
+    return load_task(request.param, **TINY[request.param])
+
+
+def first_samples(task: Task, count: int) -> Any:
+    return task.collate([task.train[index] for index in range(count)])
+
+
+def weights_of(task: Task) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in task.model.parameters()])
+
+
+def source_folder(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+# ---- what is true of every task
+
+
+def test_every_built_in_task_is_tested_here() -> None:
+    assert set(task_names()) == set(TINY)
+
+
+def test_a_task_is_the_same_for_the_same_seed_and_another_for_another(task: Task) -> None:
+    torch.manual_seed(123)  # what happened before does not matter
+    again, other = (load_task(task.name, seed=seed, **TINY[task.name]) for seed in (0, 1))
+    assert torch.equal(weights_of(task), weights_of(again))
+    assert not torch.equal(weights_of(task), weights_of(other))
+    for one, two in zip(task.train[3], again.train[3], strict=True):
+        assert torch.equal(one, two)
+
+
+def test_loading_a_task_leaves_the_random_numbers_of_the_caller_alone() -> None:
+    before = torch.get_rng_state()
+    load_task("digits", width=2)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_loss_of_a_task_is_a_sum_with_its_count(task: Task) -> None:
+    task.model.eval()  # BatchNorm would couple the halves
+    whole = task.loss_fn(task.model, first_samples(task, 6))
+    halves = [task.loss_fn(task.model, part) for part in mb.Window([first_samples(task, 6)]).cut(4)]
+    assert whole[1] == sum(count for _, count in halves)
+    assert whole[0].item() == pytest.approx(sum(loss_sum.item() for loss_sum, _ in halves), rel=1e-5)
+
+
+def test_a_task_learns(task: Task) -> None:
+    optimizer = task.make_optimizer(task.model, task.learning_rate)
+    accumulator = mb.Accumulator(task.model, task.loss_fn, micro_batch_size=8)
+    losses = []
+    for _ in range(40):
+        report = accumulator.run(first_samples(task, 32))
+        mb.apply_update(optimizer, report)
+        losses.append(float(report.loss))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_metrics_of_a_task_are_sums_with_their_counts(task: Task) -> None:
+    for name, metric in task.metrics.items():
+        value, count = metric(task.model, first_samples(task, 5))
+        assert value.shape == (), name
+        assert count >= 5
+
+
+# ---- code-lm
+
+
+def test_training_and_validation_files_are_disjoint_and_chosen_by_their_own_path_alone(tmp_path: Path) -> None:
+    names = [f"package/module_{number}.py" for number in range(200)]
+    root = source_folder(tmp_path, dict.fromkeys(names, "x = 1\n"))
+    held_out = {path.as_posix() for path in source_files(root) if is_validation(path)}
+    expected = {name for name in names if hashlib.sha256(name.encode()).digest()[0] < 0.05 * 256 - 1}
+    assert expected <= held_out  # the first byte decides, but for one value of it
+    assert 2 <= len(held_out) <= 25  # 5% of 200, give or take
+    (root / names[0]).unlink()
+    assert {path.as_posix() for path in source_files(root) if is_validation(path)} == held_out - {names[0]}
+
+
+def test_tests_packages_and_large_files_are_left_out(tmp_path: Path) -> None:
+    kept = {"a.py": "x", "b/c.py": "x", "just_right.py": "#" * MAX_FILE_BYTES}
+    left_out = {
+        "test/d.py": "x",
+        "b/tests/e.py": "x",
+        "idlelib/idle_test/f.py": "x",
+        "site-packages/g.py": "x",
+        "large.py": "#" * (MAX_FILE_BYTES + 1),
+        "h.txt": "x",
+    }
+    root = source_folder(tmp_path, kept | left_out)
+    assert [path.as_posix() for path in source_files(root)] == sorted(kept)
+
+
+def test_no_byte_of_a_validation_file_is_trained_on(tmp_path: Path) -> None:
+    names = [f"m{number}.py" for number in range(120)]
+    contents = {name: chr(ord("b") if is_validation(Path(name)) else ord("a")) * 40 for name in names}
+    root = source_folder(tmp_path, contents)
+    task = load_task("code-lm", root=str(root), **TINY["code-lm"])
+    seen = {name: {byte for i in range(len(data)) for byte in data[i].tolist()} for name, data in data_of(task).items()}
+    assert seen == {"train": {ord("a"), 0}, "validation": {ord("b"), 0}}
+
+
+def data_of(task: Task) -> dict[str, Any]:
+    return {"train": task.train, "validation": task.validation}
+
+
+def test_every_byte_but_the_first_is_predicted_once() -> None:
+    data = ByteContexts(bytes(range(50)), context=7)
+    assert len(data) == 7
+    targets = torch.cat([data[index][1:] for index in range(len(data))])
+    assert targets.tolist() == list(range(1, 50))
+    with pytest.raises(IndexError, match="sample 7 of 7"):
+        data[7]
+
+
+def test_a_byte_is_predicted_from_earlier_bytes_only() -> None:
+    task = load_task("code-lm", **TINY["code-lm"])
+    tokens = torch.randint(256, (1, 16))
+    changed = tokens.clone()
+    changed[0, 9] = (changed[0, 9] + 1) % 256
+    same = (task.model(tokens) == task.model(changed)).all(-1)[0]
+    assert same[:9].all()
+    assert not same[9:].any()  # the control: what comes after does change
+
+
+def test_an_untrained_model_needs_eight_bits_for_a_byte() -> None:
+    task = load_task("code-lm", d_model=16, num_layers=1, num_heads=2, context=32)
+    bits, count = task.metrics["bits per byte"](task.model, first_samples(task, 8))
+    assert bits.item() / count == pytest.approx(8, abs=0.2)
+
+
+def test_a_folder_without_enough_source_is_an_error_that_says_what_was_found(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"0 Python files in .* give 0 samples to train"):
+        load_task("code-lm", root=str(tmp_path / "nowhere"))
+
+
+def test_sizes_that_no_model_can_have_are_errors() -> None:
+    with pytest.raises(ValueError, match="multiple of num_heads, got 10 and 4"):
+        load_task("code-lm", d_model=10)
+    with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
+        load_task("code-lm", num_layers=0)
+    with pytest.raises(ValueError, match="validation_share must be between 0 and 1"):
+        load_task("digits", validation_share=1.0)
+
+
+# ---- digits
+
+
+def test_digits_are_split_the_same_way_for_every_seed_into_images_that_differ() -> None:
+    one, two = (load_task("digits", seed=seed, width=2) for seed in (0, 1))
+    assert len(one.train) + len(one.validation) == 1797
+    held_out = default_collate([one.validation[i] for i in range(len(one.validation))])
+    assert torch.equal(held_out[0], default_collate([two.validation[i] for i in range(len(two.validation))])[0])
+    assert 0.0 <= held_out[0].min() < held_out[0].max() <= 1.0
+
+
+def test_without_scikit_learn_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'macrobatch\[tasks\]'"):
+        load_task("digits")
+
+
+# ---- names and options
+
+
+def own_module(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> str:
+    """The name of a new module on the path with this text."""
+    name = f"own_task_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    (folder / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(folder))
+    return name
+
+
+OWN = """
+import torch
+from torch import nn
+from macrobatch.tasks import Task
+
+def loss_fn(model, micro_batch):
+    inputs, targets = micro_batch
+    return (model(inputs) - targets).pow(2).sum(), len(inputs)
+
+def line(*, slope=2.0, steep=False, **others):
+    data = [(torch.tensor([x / 8]), torch.tensor([slope * x / 8])) for x in range(8)]
+    return Task(
+        name="line", model=nn.Linear(1, 1), loss_fn=loss_fn, train=data, validation=data[:2],
+        make_optimizer=lambda model, lr: torch.optim.SGD(model.parameters(), lr), learning_rate=0.1, base_batch_size=4,
+    )
+
+def nothing():
+    return 3
+"""
+
+
+def test_a_task_of_ones_own_is_found_by_module_and_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = own_module(tmp_path, monkeypatch, OWN)
+    task = load_task(f"{name}:line", slope=3)
+    assert task.name == "line"
+    assert task.train[4][1].item() == 1.5
+    assert torch.equal(weights_of(task), weights_of(load_task(f"{name}:line", colour="red")))
+
+
+@pytest.mark.parametrize(
+    ("task_name", "options", "message"),
+    [
+        ("code-ml", {}, r"there is no task 'code-ml'. Did you mean code-lm\? Built-in tasks: code-lm, digits"),
+        ("cats", {}, "there is no task 'cats'. Built-in tasks: code-lm, digits; your own is written package.module:"),
+        (":f", {}, "there is no task ':f'"),
+        ("{own}:circle", {}, "has no function 'circle'; it has: line, loss_fn, nothing"),
+        ("{own}:nothing", {}, "returned a value of type int; a macrobatch.tasks.Task is needed"),
+        ("{own}:line", {"slope": "steep"}, r"option slope takes a value such as 2.0, got 'steep' \(str\)"),
+        ("{own}:line", {"steep": 1}, r"option steep takes a value such as False, got 1 \(int\)"),
+        ("code-lm", {"depth": 3}, "task 'code-lm' has no option 'depth'; its options: d_model, num_layers,"),
+        ("code-lm", {"d_model": 64.5}, r"option d_model takes a value such as 64, got 64.5 \(float\)"),
+        ("code-lm", {"d_model": True}, "option d_model takes a value such as 64, got True"),
+    ],
+)
+def test_a_wrong_name_or_option_is_an_error_that_lists_what_there_is(
+    task_name: str, options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = own_module(tmp_path, monkeypatch, OWN)
+    with pytest.raises(ValueError, match=message):
+        load_task(task_name.format(own=own), **options)
+
+
+def test_a_module_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"cannot import 'no_such.module': no module 'no_such' on the Python"):
+        load_task("no_such.module:f")
+    # The control: a module that is there and lacks something itself keeps its own error.
+    own = own_module(tmp_path, monkeypatch, "import also_not_there")
+    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'also_not_there'$"):
+        load_task(f"{own}:f")
+
+
+@pytest.mark.parametrize(
+    ("text", "option"),
+    [
+        ("d_model=64", ("d_model", 64)),
+        ("weight_decay=0.1", ("weight_decay", 0.1)),
+        ("flag=True", ("flag", True)),
+        ("root=some/folder", ("root", "some/folder")),
+        ("text=a=b", ("text", "a=b")),
+        ("sizes=[1, 2]", ("sizes", [1, 2])),
+    ],
+)
+def test_a_task_option_is_a_name_and_a_python_value(text: str, option: tuple[str, Any]) -> None:
+    assert parse_task_option(text) == option
+
+
+@pytest.mark.parametrize("text", ["d_model", "=3", "d-model=3"])
+def test_what_is_no_task_option_is_an_error(text: str) -> None:
+    with pytest.raises(ValueError, match="a task option is written name=value, such as d_model=64; got"):
+        parse_task_option(text)
+
+
+# ---- the value
+
+
+class Stream(IterableDataset[int]):
+    """Data without a length."""
+
+    def __iter__(self) -> Any:
+        return iter(range(3))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": nn.Linear}, "model must be a torch.nn.Module, got type"),
+        ({"loss_fn": "mse"}, "loss_fn must be a function, got str"),
+        ({"metrics": {"accuracy": 0.5}}, "accuracy must be a function, got float"),
+        ({"train": []}, "the train data is empty"),
+        ({"validation": Stream()}, "validation data is a Stream without a length; a map-style dataset is needed"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ({"micro_batch_size": -1}, "micro_batch_size must be above 0, got -1"),
+    ],
+)
+def test_a_task_that_cannot_train_is_an_error(change: dict[str, Any], message: str) -> None:
+    make: Callable[..., Task] = replace
+    task = load_task("digits", width=2)
+    with pytest.raises(ValueError, match=message):
+        make(task, **change)
