@@ -17,7 +17,10 @@ def squares(model: nn.Module, micro_batch: Pair) -> tuple[Tensor, int]:
 
 
 def line(*, size: int = 40, slope: float = 2.0, bad: int = -1, hidden: int = 0, seconds: float = 0.0) -> Task:
-    """Least squares on a line. `bad`: a sample with an infinite target; `hidden`: units in between; `seconds`: that a sample takes."""
+    """Least squares on a line.
+
+    `bad`: a sample with an infinite target; `hidden`: units in between; `seconds`: that a sample takes.
+    """
     x = torch.linspace(-1, 1, size)[:, None].expand(size, 3)
     y = slope * x[:, :1]
     if bad >= 0:

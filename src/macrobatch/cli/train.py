@@ -90,19 +90,26 @@ def _status(run: Run, row: dict[str, Any], memory: MemoryUse) -> str:
 
 def headline(run: Run, folder: Path) -> list[str]:
     """What is going to happen, in lines for the terminal."""
-    options, micro_batches = run.options, -(-run.batch_size // run.micro_batch_size)
+    options = run.options
     limit = "" if options.max_memory is None else f"; at most {bytes_text(options.max_memory)}"
     lines = [
         f"{run.task.name}: {run.task.description}" if run.task.description else run.task.name,
-        f"{len(run.sizes)} updates of {run.batch_size} samples, each in {micro_batches} micro-batches of "
-        f"{run.micro_batch_size if run.batch_size % run.micro_batch_size == 0 else f'at most {run.micro_batch_size}'}"
-        f"; {options.precision} on {run.device.type}, seed {options.seed}{limit}",
+        f"{len(run.sizes)} updates of {run.batch_size} samples, {_micro_batches_text(run)}; "
+        f"{options.precision} on {run.device.type}, seed {options.seed}{limit}",
         _learning_rate_line(run),
         f"writing to {folder}",
     ]
     if options.precision == "fp16" and run.device.type == "cpu":
         lines.append("note: fp16 on a CPU works but is slow; bf16 or fp32 is usually better there")
     return lines
+
+
+def _micro_batches_text(run: Run) -> str:
+    count = -(-run.batch_size // run.micro_batch_size)
+    if count == 1:
+        return "each in one piece"
+    even = run.batch_size % run.micro_batch_size == 0
+    return f"each in {count} micro-batches of {'' if even else 'at most '}{run.micro_batch_size}"
 
 
 def _learning_rate_line(run: Run) -> str:
