@@ -210,16 +210,18 @@ def test_an_empty_folder_is_used_as_it_is(tmp_path: Path) -> None:
 # ---- memory
 
 
-def test_a_micro_batch_beyond_the_budget_ends_in_a_line_that_says_what_to_change(tmp_path: Path) -> None:
-    options = [*LINE, "--task-option", "hidden=1000", "--max-memory", "100KB", "--steps", "2"]
-    said = run(*options, "--batch-size", 40, "--micro-batch-size", 40, "--output", tmp_path / "large", code=2)
-    assert "error: out of memory in update 1: micro-batches of 40 do not fit into the budget of 100,000 bytes; " in said
-    assert "try --micro-batch-size 20, which gives the same gradient, or more --max-memory" in said
-    assert summary(tmp_path / "large")["outcome"] == "out of memory at update 0"
-    run(*options, "--batch-size", 40, "--micro-batch-size", 4, "--output", tmp_path / "small")
-    ended = summary(tmp_path / "small")
-    assert ended["peak_of"] == "tensors"
-    assert ended["peak_bytes"] <= 100_000
+def test_a_model_beyond_the_budget_ends_in_a_line_that_says_what_to_change(tmp_path: Path) -> None:
+    options = [*LINE, "--task-option", "hidden=1000", "--batch-size", "40", "--micro-batch-size", "4", "--steps", "2"]
+    said = run(*options, "--max-memory", "30KB", "--output", tmp_path / "small", code=2)
+    assert "error: out of memory in update 1: micro-batches of 4 do not fit into the budget of 30,000 bytes; " in said
+    assert "give a smaller --micro-batch-size (the same gradient) or more --max-memory" in said
+    assert summary(tmp_path / "small")["outcome"] == "out of memory at update 0"
+    assert set(weights(tmp_path / "small")) == set(load_task("own_tasks:line", hidden=3).model.state_dict())
+    # The control: with more of it, it trains, and stays within.
+    run(*options, "--max-memory", "150KB", "--output", tmp_path / "large")
+    ended = summary(tmp_path / "large")
+    assert (ended["outcome"], ended["peak_of"], ended["retries"]) == ("finished", "tensors", 0)
+    assert 30_000 < ended["peak_bytes"] <= 150_000
 
 
 # ---- mistakes

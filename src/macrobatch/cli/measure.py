@@ -46,7 +46,7 @@ class MemoryProbe:
         return Memory(lower_bound(lambda size: self.peak(size, size), way.micro_batch_size), fits=False)
 
     def peak(self, update_size: int, micro_batch_size: int) -> int | None:
-        """The peak in bytes, or None where the memory is not enough."""
+        """The peak in bytes, or None where the memory is not enough for micro-batches of this size."""
         window = window_of(self.task, self.samples[:update_size], micro_batch_size)
         try:
             with nullcontext() if self.max_memory is None else memory_limit(self.max_memory, device=self.device):
@@ -59,7 +59,10 @@ class MemoryProbe:
         optimizer = self.task.make_optimizer(model, self.learning_rate)
         accumulator = Accumulator(model, self.task.loss_fn)
         for _ in range(2):
-            apply_update(optimizer, accumulator.run(window))
+            report = accumulator.run(window)
+            if report.retries:
+                raise torch.OutOfMemoryError("a micro-batch only fits in smaller pieces")
+            apply_update(optimizer, report)
 
 
 def lower_bound(peak: Callable[[int], int | None], size: int) -> int | None:

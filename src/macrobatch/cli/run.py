@@ -67,7 +67,7 @@ class Run:
             autocast=self.autocast,
             scaler=setup.scaler_for(options.precision, self.device),
         )
-        self.updates = self.applied = self.samples = 0
+        self.updates = self.applied = self.samples = self.retries = 0
 
     def windows(self) -> DataLoader[Any]:
         """The effective batches of the run, each cut into micro-batches before it is collated."""
@@ -90,6 +90,7 @@ class Run:
         self.updates += 1
         self.applied += update.applied
         self.samples += report.num_samples
+        self.retries += report.retries
         return {
             "update": self.updates,
             "samples": self.samples,
@@ -100,6 +101,7 @@ class Run:
             "seconds": time.perf_counter() - started,
             "micro_batches": report.accumulation_steps,
             "largest_micro_batch": max(report.micro_batch_sizes),
+            "retries": report.retries,
             **{name: float(value) for name, value in report.metrics.items()},
         }
 
@@ -107,16 +109,11 @@ class Run:
         """What to say when the memory was not enough: what was tried, and what to change."""
         limit = self.options.max_memory
         budget = "the device's memory" if limit is None else f"the budget of {limit:,} bytes"
-        smaller = self.micro_batch_size // 2
-        advice = (
-            f"try --micro-batch-size {smaller}, which gives the same gradient"
-            if smaller
-            else "a single sample does not fit: give more --max-memory or a smaller model"
-        )
-        more = "" if limit is None or not smaller else ", or more --max-memory"
+        change = "a smaller model" if self.micro_batch_size == 1 else "a smaller --micro-batch-size (the same gradient)"
+        more = "" if limit is None else " or more --max-memory"
         return (
             f"out of memory in update {self.updates + 1}: micro-batches of {self.micro_batch_size} do not fit into "
-            f"{budget}; {advice}{more}"
+            f"{budget}; give {change}{more}"
         )
 
 

@@ -130,6 +130,7 @@ def closing(run: Run, ending: Ending, folder: Path) -> list[str]:
         f"{_outcome_text(run, ending)}: {made}"
         + (f" ({run.samples / ending.seconds:.0f} samples/s)" if run.samples else "")
         + (f"; {skipped} updates skipped, their gradient was not finite" if skipped else "")
+        + (f"; {run.retries} micro-batches did not fit and were run again in smaller pieces" if run.retries else "")
         + f"; peak memory {bytes_text(ending.memory.peak_bytes)} ({ending.memory.kind})"
     ]
     if ending.validation is not None:
@@ -160,6 +161,7 @@ def _write(run: Run, ending: Ending, rows: list[dict[str, Any]], folder: Path) -
             "updates": run.updates,
             "updates_applied": run.applied,
             "samples": run.samples,
+            "retries": run.retries,
             "seconds": ending.seconds,
             "samples_per_second": run.samples / ending.seconds if ending.seconds else None,
             "peak_bytes": ending.memory.peak_bytes,
