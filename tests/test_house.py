@@ -23,12 +23,14 @@ PACKAGE = ROOT / "src" / "macrobatch"
 # A folder (cli, tasks, integrations) is one entry; inside it imports are free. A new module must be entered here.
 LEVELS = (
     # L0 values
-    ("containers", "distributed", "gradients", "leaves", "unscaling", "state"),
-    ("structure",),
+    ("containers", "distributed", "gradients", "leaves", "unscaling", "sizing"),
+    ("structure", "state"),
     ("batch", "devices"),
     ("grouping", "weighting"),
     ("criteria", "tally", "report"),
+    ("recovery",),
     # L1 mechanism
+    ("window_pass",),
     ("accumulator", "loops", "update"),
     ("epoch",),
     # L2 policies: one level, so that they never import one another; below them what one of them is built from

@@ -6,6 +6,7 @@ from macrobatch.criteria import sum_loss
 from macrobatch.epoch import train_epoch
 from macrobatch.grouping import windows
 from macrobatch.loops import accumulate
+from macrobatch.memory import MemoryMeter, memory_limit, peak_memory
 from macrobatch.report import Report
 from macrobatch.update import Update, apply_update
 from macrobatch.weighting import Loss, valid_tokens
@@ -15,12 +16,15 @@ __version__ = "0.1.0"
 __all__ = [
     "Accumulator",
     "Loss",
+    "MemoryMeter",
     "Report",
     "Update",
     "Window",
     "accumulate",
     "apply_update",
     "collate_windows",
+    "memory_limit",
+    "peak_memory",
     "sum_loss",
     "train_epoch",
     "valid_tokens",

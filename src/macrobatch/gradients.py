@@ -111,16 +111,24 @@ class WindowGradients:
             if before is not None and not self._add:
                 before.zero_()  # it was zero on entry, and may have been added to
 
+    def restart(self) -> None:
+        """Nothing has been added up yet: as after entry."""
+        self._sums.clear()
+        for p, before in zip(self.parameters, self._before, strict=True):
+            p.grad = None
+            if before is not None and not self._add and before.dtype == gradient_dtype(p):
+                p.grad = before.zero_()  # it was zero on entry
+
     def absorb(self) -> None:
         """After each backward: this micro-batch's gradients are in the window's sum. Does nothing with `grad_dtype`."""
         if HAS_GRAD_DTYPE:
             return
         for p in self._widened:
             if p.grad is not None:
-                gradient, p.grad = p.grad, None
                 total = self._sums.get(id(p))
                 wide = _accumulation_dtype(p, self._final_dtype)
-                self._sums[id(p)] = gradient.to(wide) if total is None else total.add_(gradient)
+                self._sums[id(p)] = p.grad.to(wide) if total is None else total.add_(p.grad)
+                p.grad = None
 
     def sums(self) -> list[Tensor | None]:
         """What the window's backwards have added up, parameter by parameter; None where nothing arrived."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.utils.weak import TensorWeakRef
 
 
@@ -35,17 +36,29 @@ class StrayLeaves:
                 raise ValueError(_message(leaf, self._loss_fn))
 
 
+def has_nested_backward(losses: Sequence[Tensor]) -> bool:
+    """Whether the graph has functions written in Python, which may run backwards of their own (reentrant checkpoints).
+
+    Then some parameters get their gradients in several parts, and a half-done backward does not tell which.
+    """
+    return any(isinstance(node, BackwardCFunction) for node in _nodes(losses))
+
+
 def _graph_leaves(losses: Sequence[Tensor]) -> Iterator[Tensor]:
+    for node in _nodes(losses):
+        if (leaf := getattr(node, "variable", None)) is not None:
+            yield leaf
+
+
+def _nodes(losses: Sequence[Tensor]) -> Iterator[Any]:
     pending = [loss.grad_fn for loss in losses]
     seen = set()
     while pending:
         node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if (leaf := getattr(node, "variable", None)) is not None:
-            yield leaf
-        pending.extend(following for following, _ in node.next_functions)
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            pending.extend(following for following, _ in node.next_functions)
 
 
 def _message(leaf: Tensor, loss_fn: Callable[..., Any]) -> str:

@@ -75,8 +75,7 @@ class accumulate:
 
     def _steps(self, share: Share, device: torch.device | None) -> Iterator[tuple[Nested, Share]]:
         for micro_batch, _, is_last in on_device(self._window.sized(), device):
-            if is_last:
-                self._reduction.announce_last()
+            self._reduction.announce(is_last)
             yield micro_batch, share
             self._gradients.absorb()
         self._finished = True

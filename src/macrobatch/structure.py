@@ -210,7 +210,7 @@ def _lists_of_samples(batch: Nested, n: int) -> set[int]:
 
     Where they have, the list is one of batches (two views of two samples); it is one of samples all the same if it
     holds records, or if its tensors are of one kind and stand beside a list of samples. Raises ValueError where that is
-    open for images of unlike size.
+    open: for more than two of them, and for images of unlike size.
     """
     lists = [node for node in _lists(batch) if len(node) == n > 0]
     doubtful = [x for x in lists if has_rows(x) and not _are_records(x) and all(_fits_within(item, n) for item in x)]
@@ -218,10 +218,10 @@ def _lists_of_samples(batch: Nested, n: int) -> set[int]:
     beside = [x for x in doubtful if x is not batch and _of_one_kind(x)]
     if any(map(has_rows, sure)):
         sure += beside
-    elif any(map(_may_be_images, beside)):
+    elif any(_may_be_images(x) or n > 2 for x in beside):
         raise ValueError(
-            f"a list of {n} tensors of unlike shapes with {n} rows each, in a batch of {n} samples, may hold samples "
-            f"or batches: no leaf decides. {_HELP}"
+            f"a list of {n} tensors with {n} rows each, in a batch of {n} samples, may hold samples or batches: no "
+            f"leaf decides. {_HELP}"
         )
     return set(map(id, sure))
 

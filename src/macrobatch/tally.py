@@ -23,18 +23,16 @@ class Tally:
     columns: dict[str, list[Count]] = field(default_factory=dict)
 
     def add(self, terms: Terms, num_samples: int) -> None:
-        """One micro-batch of `num_samples` samples is counted."""
+        """One micro-batch of `num_samples` samples is counted; if an allocation here fails, nothing of it is."""
+        columns: dict[str, Count] = {f"metric {name}": _detached(value) for name, value in terms.metrics.items()}
+        for name, value in terms.sums.items():
+            loss_sum = value.detach() * terms.multiplier if terms.is_mean else value.detach()
+            columns[f"sum {name}"] = 0.0 if terms.is_empty else loss_sum  # the sum of 0 terms may be NaN
         self.sizes.append(num_samples)
         if terms.weight is not None:
             self.weights.append(terms.weight)
-        for name, value in terms.sums.items():
-            detached = value.detach() * terms.multiplier if terms.is_mean else value.detach()
-            self._column("sum", name).append(0.0 if terms.is_empty else detached)  # the sum of 0 terms may be NaN
-        for name, number in terms.metrics.items():
-            self._column("metric", name).append(number.detach() if isinstance(number, Tensor) else number)
-
-    def _column(self, kind: str, name: str) -> list[Count]:
-        return self.columns.setdefault(f"{kind} {name}", [])
+        for name, number in columns.items():
+            self.columns.setdefault(name, []).append(number)
 
     def totals(self, ranks: Ranks, names: Iterable[str], device: torch.device) -> "Totals":
         """Everything summed over the window and over ranks, as float64 of shape () on `device`; no host sync.
@@ -56,6 +54,10 @@ class Tally:
         return Totals(
             dict(zip(names, columns, strict=True)), weight, sum(self.sizes) if ranks.size == 1 else num_samples
         )
+
+
+def _detached(value: Count) -> Count:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,8 @@ def checked_count(weight: Any, name: str) -> Count:
     value = known(weight)
     if value is not None and not (0 <= value < math.inf):
         raise ValueError(f"{name} is {value}: a count of terms must be finite and not negative")
-    return weight
+    checked: Count = weight
+    return checked
 
 
 def known(weight: Count) -> float | None:

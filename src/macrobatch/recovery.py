@@ -1,0 +1,170 @@
+"""Out of memory in a micro-batch: undo it, run it in halves, and let the window's gradient be what it would have been.
+
+An error in the middle of a backward leaves some parameters with the micro-batch's gradient added and others without.
+No copy of the gradients is needed to mend that: which parameters are done can be seen (torch counts the changes of
+`p.grad`), and the halves are run for the others only. What was accumulated before stays.
+"""
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from macrobatch.batch import Cut, cut_batch
+from macrobatch.sizing import SizeLimit
+from macrobatch.state import Moment
+from macrobatch.structure import Nested, even_sizes
+
+logger = logging.getLogger("macrobatch")
+
+
+class RunAgain(Exception):
+    """A micro-batch failed in a way that cannot be mended in place."""
+
+
+@dataclass
+class Attempt:
+    """One try at a micro-batch, or at a part of one that failed.
+
+    `inputs`: the parameters whose gradients are still wanted, None for all. `started_backward` and `can_mend` are set
+    by who runs it: whether gradients may have changed, and whether a half-done backward can be completed for the rest.
+    """
+
+    micro_batch: Nested
+    num_samples: int
+    is_last: bool
+    inputs: list[nn.Parameter] | None = None
+    started_backward: bool = False
+    can_mend: bool = True
+
+
+class Recovery:
+    """Runs the micro-batches of one window, each in as many parts as memory demands.
+
+    `limit` tells the largest micro-batch to try and learns from failures. `retries` counts them.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        window_start: Moment,
+        micro_batch_start: Moment,
+        limit: SizeLimit,
+        device: torch.device | None,
+        own_cut: Cut | None,
+    ) -> None:
+        self._parameters = parameters
+        self._window_start = window_start
+        self._micro_batch_start = micro_batch_start
+        self._limit = limit
+        self._device = device
+        self._own_cut = own_cut
+        self.retries = 0
+        self._window_start.find_buffers()
+        self._micro_batch_start.find_buffers()
+        self._window_start.remember(device)
+
+    def run(self, micro_batch: Nested, num_samples: int, is_last: bool, step: Callable[[Attempt], None]) -> None:
+        """The micro-batch has been run, whole or in parts: `step` has succeeded for each part.
+
+        torch.OutOfMemoryError if not even one sample fits; RunAgain if it cannot be mended in place.
+        """
+        pending = [Attempt(micro_batch, num_samples, is_last)]
+        while pending:
+            attempt = pending.pop()
+            if self._limit.current is not None and attempt.num_samples > self._limit.current:
+                pending.extend(self._parts(attempt, self._limit.current))
+                continue
+            before = [(p.grad, None if p.grad is None else p.grad._version) for p in self._parameters]
+            message = self._try(attempt, step)
+            if message is None:
+                continue
+            self.retries += 1
+            if attempt.num_samples == 1:
+                raise torch.OutOfMemoryError(_single_sample_message(message)) from None
+            self._limit.failed(attempt.num_samples)
+            attempt.inputs = self._undone(attempt, before)
+            pending.append(attempt)
+
+    def _try(self, attempt: Attempt, step: Callable[[Attempt], None]) -> str | None:
+        """None if `step` succeeded, else what the error said; then random numbers and buffers are as before."""
+        self._micro_batch_start.remember(self._device)
+        try:
+            step(attempt)
+            return None
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            message = str(error).splitlines()[0]
+        # Here the error is gone, and with its traceback the graph: their memory is free again.
+        gc.collect()
+        if self._device is not None and self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._micro_batch_start.restore()
+        return message
+
+    def _undone(self, attempt: Attempt, before: list[tuple[Tensor | None, int | None]]) -> list[nn.Parameter] | None:
+        """The parameters that the failed backward has not reached; None if it did not start, RunAgain if unknown."""
+        if not attempt.started_backward:
+            return attempt.inputs
+        if not attempt.can_mend or any(_shares_storage(p.grad) for p in self._parameters):
+            raise RunAgain  # the limit is lower now
+        done = {
+            id(p)
+            for p, (gradient, version) in zip(self._parameters, before, strict=True)
+            if p.grad is not None and (p.grad is not gradient or p.grad._version != version)
+        }
+        wanted = self._parameters if attempt.inputs is None else attempt.inputs
+        return [p for p in wanted if id(p) not in done]
+
+    def _parts(self, attempt: Attempt, largest: int) -> list[Attempt]:
+        """The attempt in even parts of at most `largest` samples, the first one at the end of the list."""
+        n = attempt.num_samples
+        if n <= largest:
+            return [attempt]
+        sizes = even_sizes(n, largest)
+        pieces = zip(cut_batch(attempt.micro_batch, sizes, self._own_cut), sizes, strict=True)
+        parts = [Attempt(piece, size, False, attempt.inputs) for piece, size in pieces]
+        parts[-1].is_last = attempt.is_last
+        return parts[::-1]
+
+    def restart(self) -> None:
+        """Random numbers and buffers are as before the window's first micro-batch."""
+        self._window_start.restore()
+
+    def log(self) -> None:
+        """One line, if anything failed: what, and with what size it goes on."""
+        if self.retries:
+            logger.warning(
+                "out of memory %d time(s) in this window: recovered, no sample lost; micro-batches now have at most %s",
+                self.retries,
+                self._limit.current,
+            )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is a failed allocation: torch's own type, or the CPU allocator's, which has none but its text.
+
+    Errors that CUDA reports later than they happened are not: after them nothing on the device can be trusted.
+    """
+    return isinstance(error, torch.OutOfMemoryError) or (
+        type(error) is RuntimeError and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
+
+
+def _shares_storage(gradient: Tensor | None) -> bool:
+    """Whether a gradient is a view into a larger buffer, as DDP makes them: such views share one count of changes."""
+    if gradient is None or gradient.layout != torch.strided:
+        return False
+    return gradient.untyped_storage().nbytes() > gradient.nbytes
+
+
+def _single_sample_message(message: str) -> str:
+    return (
+        f"a single sample does not fit: {message}. What would help: recompute activations "
+        "(torch.utils.checkpoint), a lower precision (autocast=torch.bfloat16), shorter or smaller samples, or a "
+        "larger memory budget"
+    )

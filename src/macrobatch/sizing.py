@@ -1,0 +1,55 @@
+"""How large a micro-batch may be: given, lowered by failures, and tried larger again when they stay away."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class SizeLimit:
+    """The largest micro-batch to try, in samples.
+
+    `start`: what was asked for, the most that will ever be tried; None for no limit. After a failure `current` is half
+    of what failed. After `patience` windows without failure it is what worked before, or else twice as much; each
+    such try that fails doubles the patience, so that a size that truly does not fit is tried ever more rarely.
+    """
+
+    start: int | None
+    patience: int = 4
+    current: int | None = None
+    proven: int = 0  # the largest micro-batch of a window without failure
+    quiet_windows: int = 0
+    is_trying: bool = False
+
+    def __post_init__(self) -> None:
+        self.current = self.start if self.current is None else self.current
+
+    def failed(self, num_samples: int) -> None:
+        """A micro-batch of `num_samples` ran out of memory: `current` is at most half of it."""
+        if self.is_trying:
+            self.patience *= 2
+            self.proven = 0
+            self.is_trying = False
+        self.quiet_windows = 0
+        half = -(-num_samples // 2)
+        self.current = half if self.current is None else min(self.current, half)
+
+    def window_ended(self, largest: int, retries: int) -> None:
+        """A window has been run whose largest micro-batch had `largest` samples; perhaps a larger one is tried next."""
+        if retries:
+            return
+        self.proven = max(self.proven, largest)
+        self.quiet_windows += 1
+        self.is_trying = False
+        is_lowered = self.current is not None and (self.start is None or self.current < self.start)
+        if is_lowered and self.current is not None and self.quiet_windows >= self.patience:
+            larger = self.proven if self.proven > self.current else 2 * self.current
+            self.current = larger if self.start is None else min(larger, self.start)
+            self.quiet_windows, self.is_trying = 0, True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on from here."""
+        return dict(self.__dict__)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.__dict__.update(state)
