@@ -93,8 +93,8 @@ def leaves(node: Nested, path: str = "") -> Iterator[tuple[str, Nested]]:
 
 
 def is_list(node: Nested) -> bool:
-    """Whether `node` is a list or a tuple without names, whose elements may be samples."""
-    return isinstance(node, list | tuple) and not hasattr(node, "_fields")
+    """Whether `node` is a list or a plain tuple, whose elements may be samples: not a named tuple, not a torch.Size."""
+    return isinstance(node, list) or type(node) is tuple
 
 
 def is_rows(leaf: Nested) -> bool:
