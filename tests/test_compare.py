@@ -370,8 +370,8 @@ def test_the_base_of_these_tests_says_what_accumulation_is() -> None:
     assert titles == [
         "Accumulation equals the native large batch; it does not beat it",
         "What accumulation buys is memory: 0.14 of the native peak",
-        "From the same samples at the same learning rate, the small batch learned faster",
         "The variance of an update's gradient falls as one over the batch size",
+        "From the same samples at the same learning rate, the small batch learned faster",
         "Accumulation and the native batch took the same time for the same samples",
     ]
 

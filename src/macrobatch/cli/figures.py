@@ -53,7 +53,18 @@ def loss_over_updates(axes: Axes, comparison: Comparison) -> None:
     axes.legend()
 
 
-def _loss_curves(axes: Axes, result: Result, course: Course, x_of: Callable[[int], int]) -> None:
+def loss_over_seconds(axes: Axes, comparison: Comparison) -> None:
+    """The same losses over the seconds of computing that the samples take at the median speed."""
+    for result in comparison.results.values():
+        if result.course is not None:
+            rate = result.course.samples_per_second
+            seconds = {n: n / rate for n, _ in [(0, 0.0), *result.course.losses]}
+            _loss_curves(axes, result, result.course, seconds.__getitem__)
+    axes.set(xlabel="seconds of computing", ylabel="loss")
+    axes.legend()
+
+
+def _loss_curves(axes: Axes, result: Result, course: Course, x_of: Callable[[int], float]) -> None:
     key = result.way.key
     training = smoothed([loss for _, loss in course.losses], max(1, len(course.losses) // 32))
     axes.plot([x_of(n) for n, _ in course.losses], training, color=COLOR[key], linewidth=0.8, alpha=0.35)
@@ -139,17 +150,18 @@ PLOTS: Sequence[Plot] = (
         "loss-samples", "Loss over samples seen: lines with marks validation, faint lines training", loss_over_samples
     ),
     Plot("loss-updates", "The same losses over updates", loss_over_updates),
+    Plot("loss-seconds", "The same losses over time, at the median speed", loss_over_seconds),
+    Plot("speed", "Speed of computing, median over effective batches", speed_bars),
     Plot("memory", "Peak memory: parameters, gradients, optimizer state, activations, input", memory_bars),
     Plot(
         "variance", "Variance of an update's gradient at common parameters, bars of 2 standard errors", variance_by_size
     ),
-    Plot("speed", "Speed of computing, median over effective batches", speed_bars),
 )
 
 
 def inline_svg(plot: Plot, comparison: Comparison) -> str:
     """The plot as an SVG element for a page: no header, no addresses, its own ids, colours by the page's variables."""
-    with rc_context({**STYLE, **_ink(), "font.size": 11}):
+    with rc_context({**STYLE, **_ink(), "font.size": 12}):
         figure = Figure(figsize=(5.2, 3.6), layout="constrained")
         plot.draw(figure.subplots(), comparison)
         buffer = io.StringIO()

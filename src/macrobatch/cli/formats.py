@@ -49,9 +49,11 @@ def number_text(value: float | None, digits: int = 3) -> str:
     """
     if value is None or not math.isfinite(value):
         return NONE if value is None else str(value)
-    if value != 0 and not 1e-4 <= abs(value) < 1e6:
+    if value == 0:
+        return "0"
+    if not 1e-4 <= abs(value) < 1e6:
         return f"{value:.{digits - 1}g}"
-    magnitude = 0 if value == 0 else math.floor(math.log10(abs(value)))
+    magnitude = math.floor(math.log10(abs(value)))
     return f"{value:.{max(digits - 1 - magnitude, 0)}f}"
 
 

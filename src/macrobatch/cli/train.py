@@ -64,7 +64,7 @@ def _all_updates(
                 del window  # before the next one is collated: only one is in memory
                 rows.append(row)
                 log.write(row)
-                progress.advance(row["samples"] - progress.done, _status(run, row, memory))
+                progress.advance(row["samples"] - progress.done, _status(run, rows[-10:], memory))
                 if ctrl_c.wanted:
                     return "finished" if run.updates == len(run.sizes) else "interrupted"
     except torch.OutOfMemoryError:
@@ -80,11 +80,12 @@ def _validate(run: Run, log: UpdateLog, ctrl_c: CtrlC, console: Console) -> Vali
     return validation
 
 
-def _status(run: Run, row: dict[str, Any], memory: MemoryUse) -> str:
-    size = run.sizes[row["update"] - 1]
+def _status(run: Run, latest: list[dict[str, Any]], memory: MemoryUse) -> str:
+    row = latest[-1]
+    rate = sum(run.sizes[row["update"] - 1] for row in latest) / sum(row["seconds"] for row in latest)
     return (
         f"update {row['update']}/{len(run.sizes)}  loss {number_text(row['loss'], 4)}  lr {row['lr']:.2g}  "
-        f"{size / row['seconds']:.0f} samples/s  {bytes_text(memory.peak_bytes)}"
+        f"{rate:.0f} samples/s  {bytes_text(memory.peak_bytes)}"
     )
 
 

@@ -19,8 +19,8 @@ class Finding:
 
 
 def findings(comparison: Comparison) -> list[Finding]:
-    """What the comparison says, the most important first."""
-    parts = [equality(comparison), memory(comparison), small_batch(comparison), variance(comparison), speed(comparison)]
+    """What the comparison says: accumulation and native, what it buys, why, the small batch, and speed."""
+    parts = [equality(comparison), memory(comparison), variance(comparison), small_batch(comparison), speed(comparison)]
     return [part for part in parts if part is not None]
 
 
