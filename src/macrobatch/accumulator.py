@@ -116,23 +116,20 @@ class Accumulator:
         reduction: GradientReduction,
         recovery: Recovery,
     ) -> bool:
-        """Run every micro-batch of the window; False if it must be run again from zero, on all ranks that have to."""
+        """Run every micro-batch of the window; False if it must be run again from zero, on this rank alone."""
 
         def step(attempt: Attempt) -> None:
             reduction.announce(attempt.is_last, is_retry=recovery.retries > 0)
             pass_.forward_backward(attempt, reduction)
 
-        broke_communication = False
         try:
             for micro_batch, num_samples, is_last in on_device(window.sized(), pass_.device):
                 recovery.run(micro_batch, num_samples, is_last, step)
                 gradients.absorb()
                 pass_.refuse_strays()
         except RunAgain:
-            broke_communication = reduction.complete_with_zeros()
-            if not broke_communication:
-                return False
-        return not reduction.must_run_again(broke_communication)
+            return False
+        return True
 
     def evaluate(self, batch: Nested) -> Report:
         """The Report that `run` would give, without gradients; the model's mode (train or eval) stays the caller's."""

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.hooks import RemovableHandle
 
 Auto = Literal["auto"]
 AUTO: Auto = "auto"
@@ -106,8 +105,6 @@ class GradientReduction:
         self._ranks = ranks
         self._overlaps = overlaps and everyone_runs
         self._everyone_runs = everyone_runs
-        self._handles: list[RemovableHandle] = []
-        self._reached: set[int] = set()  # ids of parameters, by the communicating backward
 
     def __enter__(self) -> "GradientReduction":
         self._before = [(ddp.require_backward_grad_sync, ddp.require_forward_param_sync) for ddp in self._replicas]
@@ -121,7 +118,6 @@ class GradientReduction:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop_watching()
         for ddp, (backward_sync, forward_sync) in zip(self._replicas, self._before, strict=True):
             ddp.require_backward_grad_sync = backward_sync
             ddp.require_forward_param_sync = forward_sync
@@ -132,52 +128,11 @@ class GradientReduction:
             ddp.require_backward_grad_sync = is_last and self._overlaps
             if is_retry:
                 ddp.require_forward_param_sync = False  # the first try has broadcast the buffers
-            if is_last and self._overlaps:
-                self._watch(ddp)
-
-    def _watch(self, ddp: DistributedDataParallel) -> None:
-        """Record which parameters the communicating backward has reached, in case it breaks off."""
-        self._stop_watching()
-        for p in _reduced_by(ddp):
-            if p.requires_grad:
-                self._handles.append(p.register_post_accumulate_grad_hook(lambda p: self._reached.add(id(p))))
-
-    def _stop_watching(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     @property
     def is_communicating(self) -> bool:
         """Whether the present backward is one in which DDP reduces."""
         return any(ddp.require_backward_grad_sync for ddp in self._replicas)
-
-    def complete_with_zeros(self) -> bool:
-        """Whether a communicating backward broke off; if so, DDP has been given zeros for what it still waits for.
-
-        The other ranks can then end their backward; what was reduced is worth nothing, and the window must run again.
-        """
-        if not self.is_communicating:
-            return False
-        self._stop_watching()
-        for ddp in self._replicas:
-            if ddp.find_unused_parameters:
-                raise RuntimeError(
-                    "out of memory in the backward in which DDP(find_unused_parameters=True) communicates cannot be "
-                    "recovered: give a smaller micro_batch_size"
-                )
-            rest = [p for p in _reduced_by(ddp) if p.requires_grad and id(p) not in self._reached]
-            torch.autograd.backward([p.view_as(p) for p in rest], [torch.zeros_like(p) for p in rest])
-        return True
-
-    def must_run_again(self, broke_communication: bool) -> bool:
-        """Whether a communicating backward broke off on any rank. From then on DDP does not reduce in this window."""
-        if not (self._replicas and self._overlaps) or not self._ranks.any(broke_communication):
-            return False
-        self._overlaps = False
-        for ddp in self._replicas:
-            ddp.require_backward_grad_sync = ddp.require_forward_param_sync = False
-        return True
 
     def finish(
         self, parameters: Sequence[nn.Parameter], gradients: list[Tensor | None]

@@ -29,8 +29,9 @@ class RunAgain(Exception):
 class Attempt:
     """One try at a micro-batch, or at a part of one that failed.
 
-    `inputs`: the parameters whose gradients are still wanted, None for all. `started_backward` and `can_mend` are set
-    by who runs it: whether gradients may have changed, and whether a half-done backward can be completed for the rest.
+    `inputs`: the parameters whose gradients are still wanted, None for all. Set by who runs it: `started_backward`,
+    gradients may have changed; `can_mend`, a half-done backward can be completed for the rest; `has_communicated`,
+    other ranks are waiting for the rest of this backward.
     """
 
     micro_batch: Nested
@@ -39,6 +40,7 @@ class Attempt:
     inputs: list[nn.Parameter] | None = None
     started_backward: bool = False
     can_mend: bool = True
+    has_communicated: bool = False
 
 
 class Recovery:
@@ -83,6 +85,8 @@ class Recovery:
             if message is None:
                 continue
             self.retries += 1
+            if attempt.has_communicated:
+                raise torch.OutOfMemoryError(_communicating_message(message)) from None
             if attempt.num_samples == 1:
                 raise torch.OutOfMemoryError(_single_sample_message(message)) from None
             self._limit.failed(attempt.num_samples)
@@ -167,4 +171,11 @@ def _single_sample_message(message: str) -> str:
         f"a single sample does not fit: {message}. What would help: recompute activations "
         "(torch.utils.checkpoint), a lower precision (autocast=torch.bfloat16), shorter or smaller samples, or a "
         "larger memory budget"
+    )
+
+
+def _communicating_message(message: str) -> str:
+    return (
+        f"out of memory in the backward in which DDP communicates, which other ranks are part of: {message}. Give a "
+        "smaller micro_batch_size; in all other forwards and backwards such errors are recovered"
     )

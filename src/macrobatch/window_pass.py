@@ -109,7 +109,8 @@ class WindowPass:
         except RuntimeError:
             couples = any(isinstance(m, _BatchNorm) and m.training for m in submodules(self.recipe.modules))
             nested = has_nested_backward(list(terms.sums.values()))
-            attempt.can_mend = not (reduction.is_communicating or couples or nested)
+            attempt.can_mend = not (couples or nested)
+            attempt.has_communicated = attempt.started_backward and reduction.is_communicating
             raise
 
     def _backward(self, terms: Terms, attempt: Attempt) -> None:
