@@ -243,6 +243,7 @@ def test_a_model_beyond_the_budget_ends_in_a_line_that_says_what_to_change(tmp_p
         (["--lr", "nan"], "a number above 0 is needed; got 'nan'"),
         (["--max-norm", "0"], "a number above 0 is needed; got '0'"),
         (["--max-memory", "lots"], "'lots' is not a number of bytes"),
+        (["--max-memory", "900TB"], "error: a limit of 900.00 TB is beyond the device"),
         (["--task-option", "size"], "a task option is written name=value"),
         (["--warmup", "-1"], "--warmup"),
         (["--task", "cats"], "error: there is no task 'cats'. Built-in tasks: code-lm, digits"),

@@ -15,7 +15,7 @@ from macrobatch.cli.comparison import Comparison, Key, Memory, Result, Way, thre
 from macrobatch.cli.figures import save_main_picture
 from macrobatch.cli.formats import bytes_text
 from macrobatch.cli.measure import GradientMeter, GradientStatistics, MemoryProbe, sizes_between
-from macrobatch.cli.progress import Progress
+from macrobatch.cli.progress import Progress, say
 from macrobatch.cli.race import Racer, race, validation_points
 from macrobatch.cli.report import page, terminal_table
 from macrobatch.cli.runfiles import write_json, write_text
@@ -128,7 +128,7 @@ def compare(task: Task, options: CompareOptions, folder: Path, console: Console)
     """The three ways are measured, and the table, the words and the report are on the terminal and in `folder`."""
     comparer = Comparer(task, options)
     for line in headline(comparer, folder):
-        console.print(escape(line), soft_wrap=True)
+        say(console, line)
     comparison = measure(comparer, console)
     said = findings(comparison)
     write_json(folder / "compare.json", {**asdict(comparison), "findings": [asdict(each) for each in said]})

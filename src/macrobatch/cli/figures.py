@@ -17,9 +17,14 @@ from macrobatch.cli.formats import bytes_text, number_text
 from macrobatch.cli.plots import STYLE, smoothed, thousands
 
 COLOR: Mapping[Key, str] = {"small": "#d55e00", "accumulated": "#0072b2", "native": "#009e73"}
-INK, FAINT = "#1b1f24", "#8b949e"
+INK, FAINT, PANEL = "#1b1f24", "#8b949e", "#fefefe"
 # What stands for each of these colours in a page: its style sheet has a light and a dark value.
-VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)", **{color: f"var(--{key})" for key, color in COLOR.items()}}
+VARIABLES = {
+    INK: "var(--ink)",
+    FAINT: "var(--faint)",
+    PANEL: "var(--panel)",
+    **{color: f"var(--{key})" for key, color in COLOR.items()},
+}
 LINE: Mapping[Key, str] = {"small": "-", "accumulated": "-", "native": (0, (4, 3))}  # type: ignore[dict-item]
 
 
@@ -81,23 +86,20 @@ def memory_bars(axes: Axes, comparison: Comparison) -> None:
     unit = 1e6
     values = {key: (result.memory.peak_bytes or 0) / unit for key, result in comparison.results.items()}
     labels = {key: _memory_label(result) for key, result in comparison.results.items()}
+    if comparison.max_memory is not None:
+        axes.axvline(comparison.max_memory / unit, color=INK, linewidth=1, linestyle=":", zorder=0.5)
+        budget = f"dotted: budget {bytes_text(comparison.max_memory)}"
+        axes.set_title(budget, fontsize="small", fontweight="normal", loc="right")
     _bars(axes, comparison, values, labels)
     for bar, result in zip(axes.patches, comparison.results.values(), strict=True):
         if not result.memory.fits:
             bar.set(facecolor="none", edgecolor=COLOR[result.way.key], linestyle="--")
-    if comparison.max_memory is not None:
-        axes.axvline(comparison.max_memory / unit, color=INK, linewidth=1, linestyle=":")
-        axes.set_title(
-            f"dotted: budget {bytes_text(comparison.max_memory)}", fontsize=9, fontweight="normal", loc="right"
-        )
     axes.set(xlabel="peak memory in MB")
 
 
 def _memory_label(result: Result) -> str:
-    needs = bytes_text(result.memory.peak_bytes)
-    if result.memory.fits:
-        return needs
-    return "does not fit" if result.memory.peak_bytes is None else f"does not fit: ≥ {needs}"
+    at_least = "" if result.memory.fits or result.memory.peak_bytes is None else "≥ "
+    return at_least + bytes_text(result.memory.peak_bytes)
 
 
 def variance_by_size(axes: Axes, comparison: Comparison) -> None:
@@ -135,10 +137,16 @@ def speed_bars(axes: Axes, comparison: Comparison) -> None:
     axes.set(xlabel="samples per second")
 
 
+def _bar_name(result: Result) -> str:
+    name = result.way.name.replace("native ", "native\n")
+    return name if result.memory.fits else f"{name}\n(does not fit)"
+
+
 def _bars(axes: Axes, comparison: Comparison, values: Mapping[Key, float], labels: Mapping[Key, str]) -> None:
-    names = [comparison.results[key].way.name.replace("native ", "native\n") for key in values]
+    names = [_bar_name(comparison.results[key]) for key in values]
     bars = axes.barh(names, list(values.values()), color=[COLOR[key] for key in values], height=0.6)
-    axes.bar_label(bars, list(labels.values()), padding=4, color=INK)
+    behind = {"facecolor": PANEL, "edgecolor": "none", "pad": 1}  # no line runs through the numbers
+    axes.bar_label(bars, list(labels.values()), padding=4, color=INK, bbox=behind)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.35)

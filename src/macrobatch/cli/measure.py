@@ -1,10 +1,11 @@
 """Measurements apart from training: the peak memory of an update, and the variance of its gradient."""
 
 import copy
+import logging
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,10 @@ class MemoryProbe:
         """The peak in bytes, or None where the memory is not enough for micro-batches of this size."""
         window = window_of(self.task, self.samples[:update_size], micro_batch_size)
         try:
-            with nullcontext() if self.max_memory is None else memory_limit(self.max_memory, device=self.device):
+            with (
+                quiet(),
+                nullcontext() if self.max_memory is None else memory_limit(self.max_memory, device=self.device),
+            ):
                 return peak_memory(lambda: self._two_updates(window), device=self.device)
         except torch.OutOfMemoryError:
             return None
@@ -63,6 +67,17 @@ class MemoryProbe:
             if report.retries:
                 raise torch.OutOfMemoryError("a micro-batch only fits in smaller pieces")
             apply_update(optimizer, report)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The library says nothing: running out of memory is what is being measured."""
+    logger = logging.getLogger("macrobatch")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def lower_bound(peak: Callable[[int], int | None], size: int) -> int | None:

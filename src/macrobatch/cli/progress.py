@@ -5,12 +5,18 @@ from types import TracebackType
 
 import rich.progress
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
 from macrobatch.cli.formats import duration_text
 
 SECONDS_BETWEEN_LINES = 10.0
 EARLIEST_ESTIMATE = 0.02  # of the work: before that, starting up would be taken for the pace
+
+
+def say(console: Console, text: str) -> None:
+    """A line of plain text: wrapped at words on a terminal, left whole elsewhere, for programs to read."""
+    console.print(escape(text), soft_wrap=not console.is_terminal)
 
 
 class Progress:

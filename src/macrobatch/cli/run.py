@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from macrobatch import Accumulator, apply_update, collate_windows
 from macrobatch.cli import setup
+from macrobatch.cli.memory_use import MemoryUse
 from macrobatch.cli.sampling import UpdateIndices, update_sizes
 from macrobatch.tasks import Task
 from macrobatch.tasks.task import num_samples
@@ -67,6 +68,8 @@ class Run:
             autocast=self.autocast,
             scaler=setup.scaler_for(options.precision, self.device),
         )
+        with MemoryUse(self.device, options.max_memory):
+            pass  # a budget beyond the device is refused here, before there is anything to lose
         self.updates = self.applied = self.samples = self.retries = 0
 
     def windows(self) -> DataLoader[Any]:

@@ -13,7 +13,7 @@ from macrobatch.cli import plots
 from macrobatch.cli.formats import bytes_text, duration_text, number_text
 from macrobatch.cli.interrupt import CtrlC
 from macrobatch.cli.memory_use import MemoryUse
-from macrobatch.cli.progress import Progress
+from macrobatch.cli.progress import Progress, say
 from macrobatch.cli.run import Run
 from macrobatch.cli.runfiles import UpdateLog, save_weights, write_json
 from macrobatch.cli.validation import Validation, validate, validation_batches
@@ -35,7 +35,7 @@ class Ending:
 def train(run: Run, folder: Path, console: Console) -> int:
     """The run has ended, and everything about it is in `folder`; returns the exit code of the process."""
     for line in headline(run, folder):
-        console.print(escape(line), soft_wrap=True)
+        say(console, line)
     rows: list[dict[str, Any]] = []
     memory = MemoryUse(run.device, run.options.max_memory)
     with CtrlC() as ctrl_c:
@@ -47,7 +47,7 @@ def train(run: Run, folder: Path, console: Console) -> int:
         ending = Ending(outcome, seconds, validation, memory)
         _write(run, ending, rows, folder)
     for line in closing(run, ending, folder):
-        console.print(escape(line), soft_wrap=True)
+        say(console, line)
     if outcome == "out of memory":
         console.print(f"[bold red]error:[/] {escape(run.too_large())}", soft_wrap=True)
     return EXIT_CODE[outcome]
