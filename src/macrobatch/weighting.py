@@ -7,6 +7,7 @@ micro-batch means is another number wherever the counts differ: token means, cla
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -64,7 +65,8 @@ def terms_of(output: Any, num_samples: int, has_count: bool) -> Terms:
     if not has_count and (named or loss.weight is None):
         raise ValueError(f"{{name: loss_sum}} needs Accumulator(..., count=), which tells each denominator. {FORMS}")
     weight = None if loss.weight is None else checked_count(loss.weight, "loss_weight")
-    return Terms(sums, num_samples if is_mean else 1, weight, loss.metrics, is_mean)
+    metrics = {name: _checked_metric(value, name) for name, value in loss.metrics.items()} if loss.metrics else {}
+    return Terms(sums, num_samples if is_mean else 1, weight, metrics, is_mean)
 
 
 def _as_loss(output: Any, num_samples: int, has_count: bool) -> Loss:
@@ -79,7 +81,9 @@ def _as_loss(output: Any, num_samples: int, has_count: bool) -> Loss:
 
 
 def _is_zero(value: Any) -> bool:
-    return isinstance(value, int | float) and value == 0  # (0, 0): a micro-batch without terms
+    return (
+        not isinstance(value, Tensor) and isinstance(value, Real) and value == 0
+    )  # (0, 0): a micro-batch without terms
 
 
 def _checked_sum(value: Any, name: str) -> Tensor:
@@ -93,13 +97,26 @@ def _checked_sum(value: Any, name: str) -> Tensor:
     return value
 
 
+def _checked_metric(value: Any, name: str) -> Count:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"the metric {name!r} has shape {tuple(value.shape)}, not (): sum it over the terms")
+        return value.detach().reshape(())
+    if not isinstance(value, Real):
+        raise ValueError(f"the metric {name!r} is a {type(value).__name__}, not a number or a tensor of shape ()")
+    return float(value)
+
+
 def checked_count(weight: Any, name: str) -> Count:
     """`weight` as a number or a tensor of shape (). ValueError if negative or not finite, where that costs no sync."""
     if isinstance(weight, Tensor):
-        if weight.numel() != 1:
-            raise ValueError(f"{name} has shape {tuple(weight.shape)}, not (): sum it over the micro-batch's terms")
+        if weight.numel() != 1 or weight.dtype == torch.bool:
+            raise ValueError(
+                f"{name} has shape {tuple(weight.shape)} and dtype {weight.dtype}: it is a number, so sum it over the "
+                "micro-batch's terms, as in mask.sum()"
+            )
         weight = weight.detach().reshape(())
-    elif not isinstance(weight, int | float):
+    elif isinstance(weight, bool) or not isinstance(weight, Real):
         raise ValueError(f"{name} is a {type(weight).__name__}, not a number or a tensor of shape ()")
     value = known(weight)
     if value is not None and not (0 <= value < math.inf):
