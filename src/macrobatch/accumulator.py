@@ -23,7 +23,7 @@ from macrobatch.gradients import Frozen, WindowGradients, modules_of, multiply_
 from macrobatch.recovery import Attempt, Recovery, RunAgain
 from macrobatch.report import Report
 from macrobatch.sizing import SizeLimit
-from macrobatch.state import Moment
+from macrobatch.state import Moment, buffer_slots
 from macrobatch.structure import Nested
 from macrobatch.tally import CountFn
 from macrobatch.unscaling import Unscaler
@@ -68,7 +68,7 @@ class Accumulator:
         self.loss_fn = loss_fn
         self._limit = SizeLimit(None if micro_batch_size is None else check_size(micro_batch_size))
         self._modules = modules_of(model) + ([loss_fn] if isinstance(loss_fn, nn.Module) else [])
-        self._window_start, self._micro_batch_start = Moment(self._modules), Moment(self._modules)
+        self._window_start, self._micro_batch_start = Moment(), Moment()
         self._frozen = modules_of(frozen)
         self._unscaler = Unscaler(scaler)
         where = None if device is None else torch.device(device)
@@ -144,8 +144,8 @@ class Accumulator:
             return pass_.report(0)
 
     def _recovery(self, pass_: WindowPass) -> Recovery:
-        moments = self._window_start, self._micro_batch_start
-        return Recovery(pass_.parameters, *moments, self._limit, pass_.device, self._cut)
+        buffers = buffer_slots(self._modules), self._window_start, self._micro_batch_start
+        return Recovery(pass_.parameters, *buffers, self._limit, pass_.device, self._cut)
 
     def _agree_on_window(self, batch: Nested, ranks: Ranks) -> tuple[Window, bool]:
         """The window to run, and whether every rank has a micro-batch. Bad input on one rank raises on all of them."""

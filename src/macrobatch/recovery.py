@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from macrobatch.batch import Cut, cut_batch
 from macrobatch.sizing import SizeLimit
-from macrobatch.state import Moment
+from macrobatch.state import Moment, Slot
 from macrobatch.structure import Nested, even_sizes
 
 logger = logging.getLogger("macrobatch")
@@ -52,6 +52,7 @@ class Recovery:
     def __init__(
         self,
         parameters: Sequence[nn.Parameter],
+        slots: list[Slot],
         window_start: Moment,
         micro_batch_start: Moment,
         limit: SizeLimit,
@@ -65,8 +66,8 @@ class Recovery:
         self._device = device
         self._own_cut = own_cut
         self.retries = 0
-        self._window_start.find_buffers()
-        self._micro_batch_start.find_buffers()
+        window_start.watch(slots)
+        micro_batch_start.watch(slots)
         self._window_start.remember(device)
 
     def run(self, micro_batch: Nested, num_samples: int, is_last: bool, step: Callable[[Attempt], None]) -> None:

@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from macrobatch.gradients import submodules
 
+Slot = tuple[nn.Module, str]  # a module and the name of a buffer of it
 SMALL = 2**20  # bytes: larger buffers (masks, position tables) are copied only once they were seen to change
 
 
@@ -29,13 +30,13 @@ class RandomState:
 class Moment:
     """Random numbers and buffers at one moment: `remember` it, as often as wanted, then `restore` the last one."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._buffers = Buffers(modules)
+    def __init__(self) -> None:
+        self._buffers = Buffers()
         self._random: RandomState | None = None
 
-    def find_buffers(self) -> None:
-        """The buffers that the modules have now are those to remember; called once for each window."""
-        self._buffers.find()
+    def watch(self, slots: list[Slot]) -> None:
+        """These buffers are those to remember, from `buffer_slots`; called once for each window."""
+        self._buffers.watch(slots)
 
     def remember(self, device: torch.device | None) -> None:
         """The present is what `restore` brings back."""
@@ -57,17 +58,14 @@ class Buffers:
     buffer that is replaced by another tensor is put back as the tensor that it was.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = modules
-        self._slots: list[tuple[nn.Module, str]] = []
+    def __init__(self) -> None:
+        self._slots: list[Slot] = []
         self._held: list[tuple[Tensor, int]] = []  # each slot's tensor and its version, when remembered
         self._copies: dict[int, Tensor] = {}  # by position of the slot
         self._changing: set[int] | None = None  # positions; None until one micro-batch was seen
 
-    def find(self) -> None:
-        """The buffers that the modules have now are those to remember; called once for each window."""
-        slots = [(module, name) for module in submodules(self._modules) for name in module._buffers]
-        slots = [(module, name) for module, name in slots if _is_countable(module._buffers[name])]
+    def watch(self, slots: list[Slot]) -> None:
+        """These buffers are those to remember."""
         if slots != self._slots:
             self._slots, self._copies, self._changing, self._held = slots, {}, None, []
 
@@ -111,6 +109,12 @@ class Buffers:
     def _now(self) -> list[tuple[Tensor, int]]:
         buffers = [module._buffers[name] for module, name in self._slots]
         return [(b, b._version) for b in buffers if b is not None]
+
+
+def buffer_slots(modules: Sequence[nn.Module]) -> list[Slot]:
+    """Where the modules keep buffers at present."""
+    slots = [(module, name) for module in submodules(modules) for name in module._buffers]
+    return [(module, name) for module, name in slots if _is_countable(module._buffers[name])]
 
 
 def _is_countable(buffer: Tensor | None) -> bool:
