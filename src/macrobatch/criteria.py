@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -10,7 +11,16 @@ from torch.nn import functional as F
 
 from macrobatch.weighting import Count
 
-_CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss)  # whose mean leaves out ignored targets and weighs by class
+# The mean of these leaves out ignored targets and divides by the class weights of the others. LinearCrossEntropyLoss,
+# which owns the last layer, came with torch 2.13.
+_CLASS_LOSSES = tuple(
+    getattr(nn, name) for name in ("CrossEntropyLoss", "NLLLoss", "LinearCrossEntropyLoss") if hasattr(nn, name)
+)
+_MODULE_OF: dict[Any, type[nn.Module]] = {
+    F.cross_entropy: nn.CrossEntropyLoss,
+    F.nll_loss: nn.NLLLoss,
+    F.ctc_loss: nn.CTCLoss,
+}
 
 
 class SumLoss(nn.Module):
@@ -18,31 +28,41 @@ class SumLoss(nn.Module):
 
     def __init__(self, criterion: nn.Module, mean_to_check: nn.Module | None = None) -> None:
         super().__init__()
-        self.criterion = criterion
+        self.criterion = criterion  # of class losses with reduction="sum", of all others with reduction="none"
         self._mean_to_check = (mean_to_check,)  # in a tuple: not a second registration of the same parameters
+        self._calls = 0
 
     def forward(self, outputs: Any, targets: Any, *others: Any) -> tuple[Tensor, Count]:
         """The sum over terms and their number; called as `(model, (inputs, targets))` it applies the model first."""
         if isinstance(outputs, nn.Module):
             inputs, targets = _pair(targets)
             outputs = outputs(inputs)
-        if isinstance(self.criterion, _CLASS_LOSSES):
-            return _class_sum(self.criterion, outputs, targets)
-        if isinstance(self.criterion, nn.CTCLoss):
-            return _ctc_sum(self.criterion, outputs, targets, *others)
         losses = self.criterion(outputs, targets, *others)
+        if isinstance(self.criterion, _CLASS_LOSSES):
+            return losses, _class_weight(self.criterion, targets)
+        if isinstance(self.criterion, nn.CTCLoss):
+            return _ctc_sum(losses, *others)
         terms = len(outputs) if getattr(self.criterion, "per_sample", False) else losses.numel()
         self._check_mean(losses, terms, (outputs, targets, *others))
         return losses.sum(), terms
 
     def _check_mean(self, losses: Tensor, terms: int, arguments: tuple[Any, ...]) -> None:
-        """On the first call: that a criterion torch does not define means by its mean what is computed here."""
-        (criterion,), self._mean_to_check = self._mean_to_check, (None,)
+        """That a criterion torch does not define means by its mean what is computed here.
+
+        On calls 1, 2, 4, 8, ...: a mean that leaves out masked terms shows only where there are some, and reading the
+        comparison costs a host sync.
+        """
+        criterion = self._mean_to_check[0]
         if criterion is None or terms == 0:
             return
+        self._calls += 1
+        if self._calls & (self._calls - 1):
+            return
         with torch.no_grad():
-            mean = criterion(*arguments)
-        if not torch.allclose(losses.detach().sum() / terms, mean, rtol=1e-3, equal_nan=True):
+            mean = criterion(*arguments).double()
+        tolerance = 1e-3 + 4 * torch.finfo(losses.dtype).eps
+        is_mean = torch.allclose(losses.detach().sum().double() / terms, mean, rtol=tolerance, equal_nan=True)
+        if losses.ndim == 0 or not is_mean:
             raise ValueError(
                 f"the mean of {_name(criterion)} is not the mean of its losses under reduction='none', so its "
                 "denominator is unknown: return (loss_sum, loss_weight) from a loss_fn of your own"
@@ -60,23 +80,28 @@ def sum_loss(criterion: Any) -> SumLoss:
     """
     module = criterion if isinstance(criterion, nn.Module) else _module_of(criterion)
     reduction = getattr(module, "reduction", None)
-    if reduction not in ("mean", "sum", "none", "batchmean"):
+    if module is None or reduction not in ("mean", "sum", "none", "batchmean"):
         raise ValueError(
             f"sum_loss needs a torch criterion with a reduction, got {_name(criterion)}: write a loss_fn that returns "
             "(loss_sum, loss_weight) instead"
         )
-    assert module is not None
-    if isinstance(module, _CLASS_LOSSES) and type(module).forward in [kind.forward for kind in _CLASS_LOSSES]:
-        return SumLoss(module)
-    unreduced = copy.copy(module)  # shares parameters and buffers, not the reduction
-    unreduced.__dict__.update(reduction="none", per_sample=reduction == "batchmean")
     is_torchs = type(module).__module__.startswith("torch.nn") or isinstance(module, _Functional)
-    if isinstance(module, _CLASS_LOSSES) or (not is_torchs and reduction != "mean"):
+    is_class_loss = isinstance(module, _CLASS_LOSSES)
+    if is_class_loss and type(module).forward in [kind.forward for kind in _CLASS_LOSSES]:
+        return SumLoss(_reduced(module, "sum"))
+    if is_class_loss or (not is_torchs and reduction != "mean"):
         raise ValueError(
             f"{_name(criterion)} overrides a torch loss, or has no reduction='mean' to compare with, so its "
             "denominator is unknown: return (loss_sum, loss_weight) from a loss_fn of your own"
         )
-    return SumLoss(unreduced, None if is_torchs else module)
+    return SumLoss(_reduced(module, "none", per_sample=reduction == "batchmean"), None if is_torchs else module)
+
+
+def _reduced(module: nn.Module, reduction: str, per_sample: bool = False) -> nn.Module:
+    """The same criterion with another reduction; parameters and buffers are shared."""
+    clone = copy.copy(module)
+    clone.__dict__.update(reduction=reduction, per_sample=per_sample)
+    return clone
 
 
 class _Functional(nn.Module):
@@ -93,14 +118,18 @@ class _Functional(nn.Module):
 
 
 def _module_of(criterion: Any) -> nn.Module | None:
-    options = {}
+    """The module for a function of torch.nn.functional that has a reduction, else None."""
+    options: dict[str, Any] = {}
     if isinstance(criterion, functools.partial) and not criterion.args:
         criterion, options = criterion.func, dict(criterion.keywords)
-    if criterion is F.cross_entropy:
-        return nn.CrossEntropyLoss(**options)
-    if criterion is F.nll_loss:
-        return nn.NLLLoss(**options)
-    return _Functional(criterion, options) if getattr(F, _name(criterion), None) is criterion else None
+    is_torchs = inspect.isfunction(criterion) and getattr(F, criterion.__name__, None) is criterion
+    if not is_torchs:
+        return None
+    if criterion in _MODULE_OF:
+        return _MODULE_OF[criterion](**options)
+    takes = inspect.signature(criterion).parameters
+    # linear_cross_entropy takes the last layer's weight between outputs and targets: only its module is known here
+    return _Functional(criterion, options) if "reduction" in takes and "linear_weight" not in takes else None
 
 
 def _name(criterion: Any) -> str:
@@ -116,28 +145,19 @@ def _pair(micro_batch: Any) -> tuple[Any, Any]:
     )
 
 
-def _class_sum(criterion: Any, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Count]:
-    """Cross-entropy and its divisor: the class weights of the valid targets, positions for probabilities."""
-    options = {"weight": criterion.weight, "reduction": "sum"}
+def _class_weight(criterion: Any, targets: Tensor) -> Count:
+    """The divisor of cross-entropy's mean: the class weights of the valid targets, positions for probabilities."""
     if (
         targets.is_floating_point()
-    ):  # class probabilities: torch divides by the number of positions, whatever the weights
-        loss_sum = F.cross_entropy(outputs, targets, label_smoothing=criterion.label_smoothing, **options)
-        return loss_sum, outputs.numel() // outputs.shape[1 if outputs.ndim > 1 else 0]
-    options["ignore_index"] = criterion.ignore_index
-    if isinstance(criterion, nn.CrossEntropyLoss):
-        loss_sum = F.cross_entropy(outputs, targets, label_smoothing=criterion.label_smoothing, **options)
-    else:
-        loss_sum = F.nll_loss(outputs, targets, **options)
-    valid = targets != criterion.ignore_index
+    ):  # class probabilities, (C,) or (B, C, ...): divided by positions, whatever the weights
+        return targets.numel() // targets.shape[1 if targets.ndim > 1 else 0]
+    valid = targets != (-100 if criterion.ignore_index is None else criterion.ignore_index)
     if criterion.weight is None:
-        return loss_sum, valid.sum()
-    return loss_sum, (criterion.weight[targets.where(valid, 0)] * valid).sum()
+        return valid.sum()
+    weight: Tensor = (criterion.weight[targets.where(valid, 0)] * valid).sum()
+    return weight
 
 
-def _ctc_sum(
-    criterion: Any, log_probs: Tensor, targets: Tensor, lengths: Tensor, target_lengths: Tensor
-) -> tuple[Tensor, Count]:
+def _ctc_sum(losses: Tensor, lengths: Any, target_lengths: Any) -> tuple[Tensor, Count]:
     """Its mean divides each sample's loss by its target length (at least 1), then averages over samples."""
-    losses = criterion(log_probs, targets, lengths, target_lengths)
     return (losses / torch.as_tensor(target_lengths, device=losses.device).clamp(min=1)).sum(), losses.numel()
