@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import LBFGS, Optimizer
 
 from macrobatch.distributed import Ranks
+from macrobatch.gradients import LOW_PRECISION
 from macrobatch.report import Report
 
 
@@ -35,9 +36,10 @@ def apply_update(
     and the ranks to agree with; without it nothing is communicated. Costs one host sync, none with
     `nonfinite="ignore"`, which steps whatever the gradients are. The scheduler is the caller's: step it if `applied`.
     """
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-    _check(optimizers, max_norm, nonfinite)
-    parameters = [p for each in optimizers for group in each.param_groups for p in group["params"]]
+    optimizers = _checked(optimizer)
+    _check_options(max_norm, nonfinite)
+    owned = {id(p): p for each in optimizers for group in each.param_groups for p in group["params"]}
+    parameters = list(owned.values())  # each once: optimizers may share some
     grad_norm = gradient_norm(parameters)
     applied = nonfinite == "ignore" or _may_step(grad_norm, report)
     if applied:
@@ -45,15 +47,20 @@ def apply_update(
             _clip(parameters, max_norm, grad_norm)
         for each in optimizers:
             each.step()
-    if report is not None and report.scaler is not None:
-        report.scaler.update()
+    if report is not None and report.scaler is not None and any(p.grad is not None for p in report.parameters):
+        report.scaler.update()  # which needs gradients to have been looked at: a window without terms has none
     _drop_gradients([*parameters, *(report.parameters if report is not None else ())])
     return Update(grad_norm, applied)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The 2-norm of all gradients as one vector, shape (); 0 without any."""
-    return get_total_norm([_values(p.grad) for p in parameters if p.grad is not None])
+    """The 2-norm of all gradients as one vector, shape (), 0 without any, in float32 for those of low precision."""
+    gradients = [_values(p.grad) for p in parameters if p.grad is not None]
+    low = [g for g in gradients if g.dtype in LOW_PRECISION]
+    if low:
+        norms = torch._foreach_norm(low, 2, dtype=torch.float32)
+        gradients = [*norms, *(g for g in gradients if g.dtype not in LOW_PRECISION)]
+    return get_total_norm(gradients)
 
 
 def _may_step(grad_norm: Tensor, report: Report | None) -> bool:
@@ -81,7 +88,8 @@ def _values(gradient: Tensor) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
-def _check(optimizers: Sequence[Optimizer], max_norm: float | None, nonfinite: str) -> None:
+def _checked(optimizer: Any) -> list[Optimizer]:
+    optimizers = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
     for each in optimizers:
         if not isinstance(each, Optimizer):
             raise ValueError(f"apply_update takes a torch optimizer, or several, got a {type(each).__name__}")
@@ -92,6 +100,10 @@ def _check(optimizers: Sequence[Optimizer], max_norm: float | None, nonfinite: s
             )
     if not optimizers:
         raise ValueError("apply_update got no optimizer")
+    return optimizers
+
+
+def _check_options(max_norm: float | None, nonfinite: str) -> None:
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm must be positive, or None for no clipping, got {max_norm}")
     if nonfinite not in ("skip", "ignore"):
