@@ -29,15 +29,17 @@ LEVELS = (
     ("grouping", "weighting", "recording"),
     ("criteria", "tally", "report", "rehearsal", "update_memory"),
     ("recovery",),
-    ("fitting",),
+    ("fitting", "auto_size"),
+    # What a size needs is known before anything runs, so it stands below what runs: decision 0002.
+    ("checkpointing",),
+    ("planning",),
     # L1 mechanism
     ("window_pass",),
     ("accumulator", "loops", "update"),
     ("epoch",),
-    # L2 policies: one level, so that they never import one another; below them what one of them is built from
-    ("checkpointing",),
+    # L2 policies: one level, so that they never import one another
     (
-        *("planning", "scaling_rules", "schedule", "noise", "spikes"),
+        *("scaling_rules", "schedule", "noise", "spikes"),
         *("batchnorm", "contrastive", "packing", "sharpness", "verify"),
     ),
     ("__init__",),

@@ -6,7 +6,8 @@ from macrobatch.criteria import sum_loss
 from macrobatch.epoch import train_epoch
 from macrobatch.grouping import windows
 from macrobatch.loops import accumulate
-from macrobatch.memory import MemoryMeter, memory_limit, peak_memory
+from macrobatch.memory import MemoryMeter, memory_limit, parse_bytes, peak_memory
+from macrobatch.planning import Plan, plan
 from macrobatch.report import Report
 from macrobatch.update import Update, apply_update
 from macrobatch.weighting import Loss, valid_tokens
@@ -17,6 +18,7 @@ __all__ = [
     "Accumulator",
     "Loss",
     "MemoryMeter",
+    "Plan",
     "Report",
     "Update",
     "Window",
@@ -24,7 +26,9 @@ __all__ = [
     "apply_update",
     "collate_windows",
     "memory_limit",
+    "parse_bytes",
     "peak_memory",
+    "plan",
     "sum_loss",
     "train_epoch",
     "valid_tokens",

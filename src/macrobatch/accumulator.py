@@ -10,16 +10,19 @@ gradient of the sum over the effective batch. Only then are they divided, once, 
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from macrobatch import structure
+from macrobatch.auto_size import AutoSize, refuse_coupled
 from macrobatch.batch import Cut, NumSamples, Window, check_size
 from macrobatch.devices import on_device
 from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks
 from macrobatch.gradients import Frozen, WindowGradients, modules_of, multiply_
+from macrobatch.planning import plan
 from macrobatch.recovery import Attempt, Recovery, RunAgain
 from macrobatch.report import Report
 from macrobatch.sizing import SizeLimit
@@ -37,7 +40,8 @@ class Accumulator:
     `loss_fn`, if that is a module. `loss_fn` returns `(loss_sum, loss_weight)`, a scalar mean over samples, a
     `macrobatch.Loss`, or with `count=` a sum or `{name: sum}`; see the page on weighting.
 
-    `micro_batch_size`: the most samples in one forward and backward; None takes windows as they come.
+    `micro_batch_size`: the most samples in one forward and backward; None takes windows as they come; "auto" finds the
+    fastest that fits into `max_memory` (bytes, "6GB", "80%", None for what the device has) during the first windows.
     `count`: micro-batch to number of loss terms, or `{name: number}` for several denominators.
     `frozen`: modules that the loss passes through untrained (the discriminator in a generator's turn).
     `autocast`: a dtype, or a context manager that can be entered again, around each call of `loss_fn`.
@@ -53,7 +57,8 @@ class Accumulator:
         model: nn.Module | Sequence[nn.Module],
         loss_fn: LossFn,
         *,
-        micro_batch_size: int | None = None,
+        micro_batch_size: int | Literal["auto"] | None = None,
+        max_memory: int | str | None = None,
         count: CountFn | None = None,
         frozen: Sequence[nn.Module] = (),
         autocast: Autocast = None,
@@ -66,7 +71,8 @@ class Accumulator:
     ) -> None:
         self.model = model
         self.loss_fn = loss_fn
-        self._limit = SizeLimit(None if micro_batch_size is None else check_size(micro_batch_size))
+        self._limit = _limit(micro_batch_size, max_memory)
+        self._max_memory = max_memory
         self._modules = modules_of(model) + ([loss_fn] if isinstance(loss_fn, nn.Module) else [])
         self._window_start, self._micro_batch_start = Moment(), Moment()
         self._frozen = modules_of(frozen)
@@ -123,10 +129,13 @@ class Accumulator:
             pass_.forward_backward(attempt, reduction)
 
         try:
+            stopwatch = self._limit.stopwatch(pass_.home)
             for micro_batch, num_samples, is_last in on_device(window.sized(), pass_.device):
                 recovery.run(micro_batch, num_samples, is_last, step)
                 gradients.absorb()
                 pass_.refuse_strays()
+                if stopwatch is not None:
+                    stopwatch.lap(num_samples)
         except RunAgain:
             return False
         return True
@@ -166,17 +175,55 @@ class Accumulator:
         return window, not some_idle
 
     def _window(self, batch: Nested) -> Window:
+        if isinstance(self._limit, AutoSize) and not self._limit.has_begun:
+            self._begin_search(self._limit, batch)
         largest = self._limit.current
         if isinstance(batch, Window):
             return batch if largest is None else batch.cut(largest, cut=self._cut)
-        if self._limit.start is None or largest is None:
+        if largest is None or (self._limit.start is None and not isinstance(self._limit, AutoSize)):
             raise ValueError(
                 f"micro_batch_size=None takes a Window, got a {type(batch).__name__}: give the Accumulator a "
                 "micro_batch_size to cut batches, or give run a Window([micro_batch, ...])"
             )
         return Window.of_parts(batch, largest, self._cut, self._num_samples)
 
+    def _begin_search(self, limit: AutoSize, batch: Nested) -> None:
+        refuse_coupled(self._modules)
+        sample, n = batch, 0
+        if isinstance(batch, Window):
+            sample, n = max(batch.fill().sized(), key=lambda sized: sized[1], default=(None, 0))
+            if n == 0:
+                return  # an idle rank: the next window will tell
+        n = n or self._num_samples(batch)
+        recipe = self._recipe
+        found = plan(
+            self.model,
+            self.loss_fn,
+            sample,
+            batch_size=n * Ranks.of(AUTO).size,
+            max_memory=self._max_memory,
+            device=recipe.device,
+            measure_speed=False,
+            autocast=recipe.autocast,
+            frozen=self._frozen,
+            grad_dtype=self._grad_dtype,
+            cut=self._cut,
+            num_samples=self._num_samples,
+        )
+        limit.begin(found.micro_batch_size, n)
+
     @property
     def micro_batch_size(self) -> int | None:
         """The most samples in one forward and backward at present; None takes windows as they come."""
         return self._limit.current
+
+
+def _limit(micro_batch_size: int | Literal["auto"] | None, max_memory: int | str | None) -> SizeLimit:
+    if micro_batch_size == "auto":
+        return AutoSize()
+    if max_memory is not None:
+        raise ValueError(
+            f"max_memory={max_memory!r} goes with micro_batch_size='auto', got {micro_batch_size!r}; to enforce one "
+            "run inside memory_limit(...)"
+        )
+    return SizeLimit(None if micro_batch_size is None else check_size(micro_batch_size))

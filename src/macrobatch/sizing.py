@@ -1,7 +1,16 @@
 """How large a micro-batch may be: given, lowered by failures, and tried larger again when they stay away."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+import torch
+
+
+class Stopwatch(Protocol):
+    """Times the micro-batches of a window."""
+
+    def lap(self, num_samples: int) -> None:
+        """A micro-batch of `num_samples` has ended."""
 
 
 @dataclass
@@ -22,6 +31,10 @@ class SizeLimit:
 
     def __post_init__(self) -> None:
         self.current = self.start if self.current is None else self.current
+
+    def stopwatch(self, device: torch.device) -> Stopwatch | None:
+        """What times the micro-batches of the next window: nothing, the size is given."""
+        return None
 
     def failed(self, num_samples: int) -> None:
         """A micro-batch of `num_samples` ran out of memory: `current` is at most half of it."""

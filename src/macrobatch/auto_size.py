@@ -1,0 +1,117 @@
+"""The micro-batch size found while training: what fits is predicted, what is fastest is measured on real windows.
+
+No work is thrown away: each window of the search is trained on like any other, cut in another size. The largest size is
+often not the fastest, on a CPU almost never.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from macrobatch.sizing import SizeLimit
+from macrobatch.speed import sizes_to_measure
+
+CLOSE = 1.1  # sizes within this factor of the fastest are measured once more
+HOPELESS = 1.3  # a size slower than the fastest by this factor ends the way down
+
+
+@dataclass
+class AutoSize(SizeLimit):
+    """A limit that finds its start: first the largest size that fits, then the fastest of a few below it.
+
+    `seconds`: for each size tried, the seconds per sample of its micro-batches; the first one of a window is left out
+    (compiling, allocating), unless it is the only one.
+    """
+
+    start: int | None = None
+    to_try: list[int] = field(default_factory=list)
+    seconds: dict[int, list[float]] = field(default_factory=dict)
+    is_found: bool = False
+    laps: list[float] = field(default_factory=list)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it is known what fits."""
+        return self.current is not None
+
+    def begin(self, largest: int, num_samples: int) -> None:
+        """`largest` samples fit; windows have about `num_samples` on this rank."""
+        self.start = self.current = largest
+        self.to_try = sizes_to_measure(num_samples, largest)  # ascending: tried from the end
+        self._next()
+
+    def stopwatch(self, device: torch.device) -> "Stopwatch | None":
+        """What times the micro-batches of the next window; None once the size is found."""
+        return None if self.is_found else Stopwatch(device, self.laps.append)
+
+    def window_ended(self, largest: int, retries: int) -> None:
+        """A window has been run: in the search, its time is noted and another size comes next."""
+        if self.is_found:
+            super().window_ended(largest, retries)
+            return
+        laps, self.laps = self.laps, []
+        if retries:
+            self.start = self.current
+            self.to_try = [size for size in self.to_try if self.current is None or size <= self.current]
+        elif laps:
+            self.seconds.setdefault(largest, []).append(median(laps[1:] or laps))
+            self._leave_out_the_hopeless(largest)
+        self._next()
+
+    def _leave_out_the_hopeless(self, latest: int) -> None:
+        """On the way down: sizes below one that is much slower than the best will be slower still."""
+        best = min(min(times) for times in self.seconds.values())
+        if min(self.seconds[latest]) > HOPELESS * best:
+            self.to_try = [size for size in self.to_try if size > latest]
+
+    def _next(self) -> None:
+        if self.to_try:
+            self.current = self.to_try.pop()
+            return
+        best = {size: min(times) for size, times in self.seconds.items()}
+        once = [size for size, times in self.seconds.items() if len(times) == 1]
+        again = sorted(size for size in once if best[size] <= CLOSE * min(best.values()))
+        if len(best) > 1 and again:
+            self.to_try = again
+            self.current = self.to_try.pop()
+            return
+        self.start = self.current = min(best, key=lambda size: best[size]) if best else self.current
+        self.is_found = True
+
+
+class Stopwatch:
+    """Times the micro-batches of a window: `lap(n)` notes the seconds per sample since the last one."""
+
+    def __init__(self, device: torch.device, note: Callable[[float], None]) -> None:
+        self._device = device
+        self._note = note
+        self._last = self._now()
+
+    def lap(self, num_samples: int) -> None:
+        """A micro-batch of `num_samples` has ended; on CUDA this waits for it."""
+        now = self._now()
+        self._note((now - self._last) / num_samples)
+        self._last = now
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def refuse_coupled(modules: Sequence[nn.Module]) -> None:
+    """ValueError for BatchNorm in train mode: a size that is found would decide over what it normalises."""
+    for module in modules:
+        for name, layer in module.named_modules():
+            if isinstance(layer, _BatchNorm) and layer.training:
+                what = f"{name!r} ({type(layer).__name__}, in train mode)"
+                raise ValueError(
+                    f"micro_batch_size='auto' would change the result: {what} normalises over the micro-batch. "
+                    "Give a number, put the layer into eval mode, or replace "
+                    "it by GroupNorm"
+                )

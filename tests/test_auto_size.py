@@ -1,0 +1,144 @@
+"""`micro_batch_size="auto"`: what is tried fits, what is kept is fastest, and every window of the search is exact."""
+
+import pytest
+import torch
+from helpers import clear, difference, gradients, reference
+from torch import nn
+from torch.nn import functional as F
+
+import macrobatch as mb
+from macrobatch.auto_size import AutoSize
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+ROOM = 24  # samples
+
+
+def model_and_batch(n: int = 100) -> tuple[nn.Module, Batch]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 1)).double()
+    return model, (torch.randn(n, 32, dtype=torch.float64), torch.randn(n, 1, dtype=torch.float64))
+
+
+def loss_fn(model: nn.Module, batch: Batch) -> torch.Tensor:
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
+def budget(model: nn.Module, batch: Batch) -> int:
+    """Bytes in which an AdamW step and windows of ROOM samples at once fit."""
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    accumulator = mb.Accumulator(model, loss_fn, micro_batch_size=ROOM)
+
+    def train() -> None:
+        for _ in range(2):
+            mb.apply_update(optimizer, accumulator.run(batch))
+
+    return mb.peak_memory(train)
+
+
+def test_no_window_of_the_search_needs_more_than_the_budget() -> None:
+    model, batch = model_and_batch()
+    max_memory = budget(*model_and_batch())
+    accumulator = mb.Accumulator(model, loss_fn, micro_batch_size="auto", max_memory=max_memory)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    tried = [max(accumulator.run(batch).micro_batch_sizes)]  # plans
+    clear(model)
+
+    def search() -> None:
+        while not accumulator._limit.is_found:
+            report = accumulator.run(batch)
+            assert report.retries == 0
+            tried.append(max(report.micro_batch_sizes))
+            mb.apply_update(optimizer, report)
+
+    assert mb.peak_memory(search) <= max_memory
+    assert max(tried) >= 20  # and it does use the room there is
+    assert accumulator.micro_batch_size in tried
+
+
+def test_gradients_during_the_search_are_those_of_the_full_batch() -> None:
+    model, batch = model_and_batch()
+    expected = reference(model, lambda: loss_fn(model, batch))
+    accumulator = mb.Accumulator(model, loss_fn, micro_batch_size="auto", max_memory="50MB")
+    sizes = set()
+    while not accumulator._limit.is_found:
+        clear(model)
+        sizes.add(accumulator.run(batch).micro_batch_sizes)
+        assert difference(gradients(model), expected) <= 1e-12
+    assert len(sizes) >= 2
+
+
+def test_a_window_of_micro_batches_is_searched_below_their_size() -> None:
+    model, batch = model_and_batch()
+    accumulator = mb.Accumulator(model, loss_fn, micro_batch_size="auto", max_memory="50MB")
+    window = mb.Window(list(zip(batch[0].split(25), batch[1].split(25), strict=True)))
+    while not accumulator._limit.is_found:
+        assert max(accumulator.run(window).micro_batch_sizes) <= 25
+        clear(model)
+
+
+def search(seconds_per_sample: dict[int, float], largest: int, n: int) -> tuple[AutoSize, list[int]]:
+    """Run a search on invented times (a table by upper bounds of size) and return it with the sizes that it tried."""
+    limit, tried = AutoSize(None), []
+    limit.begin(largest, n)
+    while not limit.is_found:
+        size = limit.current
+        tried.append(size)
+        steps = -(-n // size)
+        even = -(-n // steps)
+        time_of = next(value for bound, value in sorted(seconds_per_sample.items()) if even <= bound)
+        limit.laps.extend([9.0, time_of, time_of] if steps > 1 else [time_of])
+        limit.window_ended(even, 0)
+    return limit, tried
+
+
+def test_the_fastest_size_is_kept_not_the_largest() -> None:
+    limit, tried = search({4: 3.0, 8: 2.0, 16: 1.0, 64: 1.5}, largest=64, n=128)
+    assert limit.current == 16
+    assert tried[0] == 64
+
+
+def test_where_the_largest_is_the_fastest_the_search_stops_on_the_way_down() -> None:
+    limit, tried = search({1: 30.0, 2: 20.0, 4: 9.0, 8: 5.0, 16: 3.0, 32: 2.0, 64: 1.0}, largest=64, n=128)
+    assert limit.current == 64
+    assert min(tried) >= 16
+
+
+def test_after_the_search_a_failure_halves_and_later_goes_back() -> None:
+    limit, _ = search({64: 1.0}, largest=64, n=64)
+    found = limit.current
+    limit.failed(found)
+    assert limit.current == -(-found // 2)
+    for _ in range(10):
+        limit.window_ended(limit.current, 0)
+    assert limit.current == found
+
+
+def test_batchnorm_in_train_mode_is_refused_by_name_and_in_eval_mode_accepted() -> None:
+    model = nn.Sequential(nn.Linear(32, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)).double()
+    _, batch = model_and_batch()
+    with pytest.raises(ValueError, match=r"'auto' would change the result: '1' \(BatchNorm1d, in train mode\)"):
+        mb.Accumulator(model, loss_fn, micro_batch_size="auto").run(batch)
+    mb.Accumulator(model.eval(), loss_fn, micro_batch_size="auto").run(batch)
+
+
+@pytest.mark.parametrize(
+    ("max_memory", "message"),
+    [
+        ("10KB", "less than the model's own state"),
+        ("6 bananas", "is not a number of bytes"),
+        ("0%", "above 0%"),
+        (10**18, "beyond the device"),
+    ],
+)
+def test_a_budget_that_cannot_be_kept_is_refused_before_the_first_step(max_memory: object, message: str) -> None:
+    model, batch = model_and_batch()
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match=message):
+        mb.Accumulator(model, loss_fn, micro_batch_size="auto", max_memory=max_memory).run(batch)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_budget_without_auto_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"max_memory='6GB' goes with micro_batch_size='auto', got 8"):
+        mb.Accumulator(model_and_batch()[0], loss_fn, micro_batch_size=8, max_memory="6GB")
