@@ -141,7 +141,7 @@ def test_imports_go_strictly_downward() -> None:
         ("macrobatch.noise", "from . import spikes"),
         ("macrobatch.noise", "from .spikes import detect"),
         ("macrobatch.noise", "from macrobatch import Window"),
-        ("macrobatch.update", "def late():\n    from macrobatch.planning import plan"),
+        ("macrobatch.update", "def late():\n    from macrobatch.schedule import schedule"),
         ("macrobatch.tasks.digits", "from ..cli import main"),
         ("macrobatch", "from .cli import main"),
     ],
