@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from macrobatch.sizing import SizeLimit
-from macrobatch.speed import sizes_to_measure
+from macrobatch.speed import even_size, sizes_to_measure
 
-CLOSE = 1.1  # sizes within this factor of the fastest are measured once more
+CLOSE = 1.1  # sizes within this factor of the fastest are measured ROUNDS times: one window's time is noisy
+ROUNDS = 3
 HOPELESS = 1.3  # a size slower than the fastest by this factor ends the way down
 
 
@@ -31,6 +32,8 @@ class AutoSize(SizeLimit):
     start: int | None = None
     to_try: list[int] = field(default_factory=list)
     seconds: dict[int, list[float]] = field(default_factory=dict)
+    num_samples: int = 0
+    is_refined: bool = False
     is_found: bool = False
     laps: list[float] = field(default_factory=list)
 
@@ -42,6 +45,7 @@ class AutoSize(SizeLimit):
     def begin(self, largest: int, num_samples: int) -> None:
         """`largest` samples fit; windows have about `num_samples` on this rank."""
         self.start = self.current = largest
+        self.num_samples = num_samples
         self.to_try = sizes_to_measure(num_samples, largest)  # ascending: tried from the end
         self._next()
 
@@ -65,23 +69,31 @@ class AutoSize(SizeLimit):
 
     def _leave_out_the_hopeless(self, latest: int) -> None:
         """On the way down: sizes below one that is much slower than the best will be slower still."""
-        best = min(min(times) for times in self.seconds.values())
-        if min(self.seconds[latest]) > HOPELESS * best:
+        if self._time(latest) > HOPELESS * self._time(self._best()):
             self.to_try = [size for size in self.to_try if size > latest]
 
     def _next(self) -> None:
+        """The next size to try: halves on the way down, the best one's neighbours, then again all that are close."""
+        if not self.to_try and not self.is_refined and self.seconds:
+            best, self.is_refined = self._best(), True
+            sizes = [even_size(self.num_samples, round(best * step)) for step in (2**-0.5, 2**0.5) if best > 1]
+            self.to_try = [size for size in sizes if size not in self.seconds and size <= (self.start or size)]
+        if not self.to_try and self.seconds:
+            bound = CLOSE * self._time(self._best())
+            close = [size for size in self.seconds if self._time(size) <= bound]
+            self.to_try = sorted(size for size in close if len(close) > 1 and len(self.seconds[size]) < ROUNDS)
         if self.to_try:
             self.current = self.to_try.pop()
             return
-        best = {size: min(times) for size, times in self.seconds.items()}
-        once = [size for size, times in self.seconds.items() if len(times) == 1]
-        again = sorted(size for size in once if best[size] <= CLOSE * min(best.values()))
-        if len(best) > 1 and again:
-            self.to_try = again
-            self.current = self.to_try.pop()
-            return
-        self.start = self.current = min(best, key=lambda size: best[size]) if best else self.current
+        if self.seconds:
+            self.start = self.current = self._best()
         self.is_found = True
+
+    def _time(self, size: int) -> float:
+        return median(self.seconds[size])
+
+    def _best(self) -> int:
+        return min(self.seconds, key=self._time)
 
 
 class Stopwatch:
