@@ -267,6 +267,18 @@ def test_images_of_unlike_size_are_cut_as_a_list_also_where_their_number_equals_
         assert same(join(parts, [1] * n), batch)
 
 
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_a_list_of_labels_tells_how_many_samples_lists_of_tensors_of_one_length_hold(n: int) -> None:
+    labels = [f"label {j}" for j in range(n)]
+    for tensors_ in ([rows(3, 4 + j, 5) for j in range(n)], [rows(3, 6, 6)] * n, [rows(3, dtype=torch.int64)] * n):
+        batch = (tuple(tensors_), tuple(labels))
+        assert num_samples(batch) == n
+        assert [part[1] for part in split(batch, [1] * n)] == [(label,) for label in labels]
+        assert [len(part[0]) for part in split(batch, [1] * n)] == [1] * n
+    batch = {"views": [rows(8, 3), rows(8, 3)], "names": [f"sample {j}" for j in range(8)]}
+    assert num_samples(batch) == 8, "control: here the labels belong to the rows"
+
+
 def test_a_list_of_sequences_of_unlike_length_is_a_batch_by_itself() -> None:
     sequences = [rows(length) for length in (5, 2, 7)]
     assert num_samples(sequences) == 3

@@ -118,6 +118,8 @@ def _lists(batch: Nested) -> Iterator[Nested]:
 
 def _lists_within(node: Nested) -> Iterator[Nested]:
     for _, child in children(node) or ():
+        if type(child) is Tensor:  # most of them: this runs for every micro-batch
+            continue
         if is_list(child):
             yield child
         yield from _lists_within(child)
@@ -146,19 +148,19 @@ def _fits_within(node: Nested, n: int) -> bool:
 def _told_apart(batch: Nested, stacked: int, listed: int) -> int:
     """The number of samples where every tensor has `stacked` rows, and yet lists of length `listed` may hold samples.
 
-    Two images (3, H, W) with three boxes in each look like three samples. A list of records holds samples; else so does
-    a list of images of unlike size, if a list of labels has its length. Raises ValueError if nothing decides.
+    Two images (3, H, W) with three boxes in each look like three samples. A list of records holds samples; else a list
+    of labels decides by its length. Raises ValueError if nothing decides and there may be images of unlike size.
     """
     lists = [node for node in _lists(batch) if len(node) == listed and has_rows(node) and node is not batch]
     if not all(map(_are_alike, lists)):
         return stacked
     if any(map(_are_records, lists)):
         return listed
-    if not any(map(_may_be_images, lists)) and not _are_records(batch):
-        return stacked
     labels = {len(node) for node in _lists(batch) if not has_rows(node)} & {stacked, listed}
     if len(labels) == 1:
         return labels.pop()
+    if not any(map(_may_be_images, lists)) and not _are_records(batch):
+        return stacked
     raise ValueError(
         f"the batch may hold {stacked} samples, the first dimension of all its tensors, or {listed}, the length of a "
         f"list in it: no leaf decides. {_HELP}"
