@@ -9,8 +9,8 @@ gradient of the sum over the effective batch. Only then are they divided, once, 
     p.grad *= 1 / (seed * total)                                   # total: over all micro-batches and ranks
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -211,6 +211,15 @@ class Accumulator:
             num_samples=self._num_samples,
         )
         limit.begin(found.micro_batch_size, n)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned on the way: sizes that fit and are fast, the seed. Plain numbers, for any checkpoint."""
+        return {"limit": self._limit.state_dict(), "exponent": self._learned.exponent}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the accumulator went on whose `state_dict` this is; the first window is checked as any first one."""
+        self._limit.load_state_dict(state["limit"])
+        self._learned.exponent = state["exponent"]
 
     @property
     def micro_batch_size(self) -> int | None:

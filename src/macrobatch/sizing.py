@@ -1,5 +1,7 @@
 """How large a micro-batch may be: given, lowered by failures, and tried larger again when they stay away."""
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -60,9 +62,14 @@ class SizeLimit:
             self.quiet_windows, self.is_trying = 0, True
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on from here."""
-        return dict(self.__dict__)
+        """What `load_state_dict` needs to go on from here: numbers, lists and dictionaries of them."""
+        return copy.deepcopy(self.__dict__)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
-        self.__dict__.update(state)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state. ValueError if it is of another kind of limit."""
+        if set(state) != set(self.__dict__):
+            raise ValueError(
+                f"this state holds {sorted(state)}, a {type(self).__name__} has {sorted(self.__dict__)}: it was saved "
+                "with another kind of micro_batch_size (a number, or 'auto')"
+            )
+        self.__dict__.update(copy.deepcopy(dict(state)))

@@ -1,0 +1,81 @@
+"""Everything that remembers can be saved and loaded, and goes on as if nothing had happened: one test for all of it."""
+
+import io
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import clear
+from test_accumulator import mean_square, points, regressor
+
+import macrobatch as mb
+from macrobatch.auto_size import AutoSize
+from macrobatch.sizing import SizeLimit
+
+# For each: how to make one, one event in its life, and what can be seen of it.
+
+
+def accumulator() -> mb.Accumulator:
+    return mb.Accumulator(regressor(), mean_square, micro_batch_size=8)
+
+
+def lowered_and_run(made: mb.Accumulator) -> None:
+    if made._limit.quiet_windows == 2:
+        made._limit.failed(8)
+    made.run(points())
+    clear(made.model)
+
+
+def ended(limit: SizeLimit) -> None:
+    if limit.quiet_windows == 1 and limit.proven < 20:
+        limit.failed(20)
+    limit.window_ended(limit.current, 0)
+
+
+def auto() -> AutoSize:
+    limit = AutoSize(None)
+    limit.begin(64, 128)
+    return limit
+
+
+def searched(limit: AutoSize) -> None:
+    limit.laps.extend([1.0, 1.0 / limit.current, 1.0 / limit.current])
+    limit.window_ended(limit.current, 0)
+
+
+MAKERS: dict[str, tuple[Callable[[], Any], Callable[[Any], None], Callable[[Any], object]]] = {
+    "Accumulator": (accumulator, lowered_and_run, lambda made: (made.micro_batch_size, made._learned.exponent)),
+    "SizeLimit": (lambda: SizeLimit(20), ended, lambda made: (made.current, made.patience)),
+    "AutoSize": (auto, searched, lambda made: (made.current, made.is_found)),
+}
+
+
+@pytest.mark.parametrize("midpoint", [0, 1, 3, 7])
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_is_saved_and_loaded_goes_on_as_if_nothing_had_happened(name: str, midpoint: int) -> None:
+    make, live, see = MAKERS[name]
+    original = make()
+    for _ in range(midpoint):
+        live(original)
+    file = io.BytesIO()
+    torch.save(original.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    resumed = make()
+    resumed.load_state_dict(state)
+    assert json.dumps(resumed.state_dict()) == json.dumps(original.state_dict())
+    states = {json.dumps(state)}
+    for _ in range(8):
+        live(original)
+        live(resumed)
+        assert see(resumed) == see(original)
+        states.add(json.dumps(original.state_dict()))
+    assert original.state_dict() == resumed.state_dict()
+    assert len(states) > 2, "a state that never changes shows nothing"
+
+
+def test_a_state_of_another_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="it was saved with another kind of micro_batch_size"):
+        SizeLimit(8).load_state_dict(auto().state_dict())
