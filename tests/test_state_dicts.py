@@ -73,7 +73,7 @@ def test_what_is_saved_and_loaded_goes_on_as_if_nothing_had_happened(name: str, 
         assert see(resumed) == see(original)
         states.add(json.dumps(original.state_dict()))
     assert original.state_dict() == resumed.state_dict()
-    assert len(states) > 2, "a state that never changes shows nothing"
+    assert len(states) >= 2, "a state that never changes shows nothing"
 
 
 def test_a_state_of_another_kind_is_refused() -> None:
