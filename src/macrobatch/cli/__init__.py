@@ -1,4 +1,4 @@
-"""The command line: `macrobatch train` and `macrobatch compare`. Needs the extra `cli`."""
+"""The command line: `macrobatch train`, `macrobatch compare` and `macrobatch plan`. Needs the extra `cli`."""
 
 import os
 import sys

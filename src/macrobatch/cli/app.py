@@ -23,15 +23,17 @@ app = typer.Typer(
 )
 
 
-def _micro_batch_size(text: str) -> int:
+def _micro_batch_size(text: str) -> int | str:
     if text == "auto":
-        raise typer.BadParameter("auto is not there yet: give a number, the most samples that fit into memory at once")
+        return "auto"
     if not text.isdecimal() or int(text) < 1:
-        raise typer.BadParameter(f"a number of samples, at least 1, is needed; got {text!r}")
+        raise typer.BadParameter(f"auto, or a number of samples of at least 1, is needed; got {text!r}")
     return int(text)
 
 
-def _memory(text: str) -> int:
+def _memory(text: str) -> int | str:
+    if text.endswith("%"):
+        return text  # of what the device has: known once the device is
     try:
         return parse_bytes(text)
     except ValueError as error:
@@ -61,14 +63,11 @@ TaskOptions = Annotated[
     typer.Option("--task-option", parser=_task_option, metavar="NAME=VALUE", help="An option of the task; repeatable."),
 ]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Samples in an update: the effective batch.  [the task's]")]
-MicroBatchSize = Annotated[
-    int | None,
-    typer.Option(parser=_micro_batch_size, metavar="N", help="Samples in memory at once.  [the task's]"),
-]
 MaxMemory = Annotated[
-    int | None,
-    typer.Option(parser=_memory, metavar="BYTES", help="The most memory for tensors, such as 6GB or 500MB."),
+    Any,
+    typer.Option(parser=_memory, metavar="BYTES", help="The most memory for tensors, such as 6GB, 500MB or 80%."),
 ]
+PrecisionName = Annotated[setup.Precision, typer.Option(help="Of matrix products; weights stay fp32.")]
 LearningRate = Annotated[
     float | None, typer.Option("--lr", parser=_above_zero, metavar="RATE", help="Learning rate.  [the task's]")
 ]
@@ -86,7 +85,12 @@ def train(
     task: TaskName = "code-lm",
     task_option: TaskOptions = None,
     batch_size: BatchSize = None,
-    micro_batch_size: MicroBatchSize = None,
+    micro_batch_size: Annotated[
+        Any,
+        typer.Option(
+            parser=_micro_batch_size, metavar="N|auto", help="Samples in memory at once.  [auto: the fastest that fits]"
+        ),
+    ] = None,
     max_memory: MaxMemory = None,
     lr: LearningRate = None,
     base_batch_size: Annotated[
@@ -103,7 +107,7 @@ def train(
     max_norm: Annotated[
         float | None, typer.Option(parser=_above_zero, metavar="NORM", help="Clip the gradient of the update to this.")
     ] = None,
-    precision: Annotated[setup.Precision, typer.Option(help="Of matrix products; weights stay fp32.")] = "fp32",
+    precision: PrecisionName = "fp32",
     device: DeviceName = "auto",
     seed: Seed = 0,
     output: Output = None,
@@ -140,7 +144,10 @@ def compare(
     task: TaskName = "code-lm",
     task_option: TaskOptions = None,
     batch_size: BatchSize = None,
-    micro_batch_size: MicroBatchSize = None,
+    micro_batch_size: Annotated[
+        Any,
+        typer.Option(parser=_micro_batch_size, metavar="N|auto", help="Samples in memory at once.  [the task's]"),
+    ] = None,
     max_memory: MaxMemory = None,
     lr: LearningRate = None,
     samples: Samples = 8192,
@@ -165,6 +172,26 @@ def compare(
     )
     with _command(output or Path("runs") / f"compare-{_folder_name(task)}") as (console, folder):
         compare_ways(load_task(task, seed=seed, **dict(task_option or [])), options, folder, console)
+
+
+@app.command()
+def plan(
+    task: TaskName = "code-lm",
+    task_option: TaskOptions = None,
+    batch_size: BatchSize = None,
+    max_memory: MaxMemory = None,
+    precision: PrecisionName = "fp32",
+    device: DeviceName = "auto",
+    seed: Seed = 0,
+    output: Output = None,
+) -> None:
+    """Which micro-batch size fits into the memory, which is fastest, and what takes the memory: nothing is trained."""
+    from macrobatch.cli.plan import PlanOptions
+    from macrobatch.cli.plan import plan as plan_task
+
+    options = PlanOptions(batch_size=batch_size, max_memory=max_memory, precision=precision, device=device, seed=seed)
+    with _command(output or Path("runs") / f"plan-{_folder_name(task)}") as (console, folder):
+        plan_task(load_task(task, seed=seed, **dict(task_option or [])), options, folder, console)
 
 
 def _folder_name(task: str) -> str:

@@ -31,13 +31,15 @@ def duration_text(seconds: float) -> str:
 
 
 def seconds_text(seconds: float | None) -> str:
-    """A short time in milliseconds or seconds.
+    """A short time in microseconds, milliseconds or seconds.
 
-    >>> seconds_text(0.01234), seconds_text(2.5)
-    ('12.3 ms', '2.50 s')
+    >>> seconds_text(0.0000123), seconds_text(0.01234), seconds_text(2.5)
+    ('12.3 µs', '12.3 ms', '2.50 s')
     """
     if seconds is None:
         return NONE
+    if 0 < seconds < 0.9995e-3:
+        return f"{_three_digits(1e6 * seconds)} µs"
     return f"{_three_digits(1000 * seconds)} ms" if seconds < 0.9995 else f"{_three_digits(seconds)} s"
 
 

@@ -1,0 +1,94 @@
+"""A plan on the terminal: two tables, a bar for each kind of memory, and what stands behind the numbers in words."""
+
+from rich.bar import Bar
+from rich.table import Table
+
+from macrobatch.cli.forecast import KINDS
+from macrobatch.cli.formats import NONE, bytes_text, seconds_text
+from macrobatch.planning import Choice, Plan
+
+BAR_WIDTH = 16
+
+
+def choices(plan: Plan) -> dict[str, Choice]:
+    """The choices worth a column, by their title: one, where the largest is also the fastest or nothing was timed."""
+    if plan.fastest is None:
+        return {"largest": plan.largest}
+    if plan.fastest.accumulation_steps == plan.largest.accumulation_steps:
+        return {"largest and fastest": plan.fastest}
+    return {"largest": plan.largest, "fastest": plan.fastest}
+
+
+def choices_table(plan: Plan) -> Table:
+    """Micro-batch size, accumulation steps, peak and time of the largest and of the fastest choice."""
+    table = Table(title="micro-batch size", title_justify="left")
+    table.add_column("")
+    found = choices(plan)
+    for title in found:
+        table.add_column(title, justify="right")
+    share = {title: f"{choice.memory.peak / plan.max_memory:.1%}" for title, choice in found.items()}
+    rows = {
+        "samples at once": lambda title: f"{found[title].micro_batch_size:,}",
+        "accumulation steps": lambda title: f"{found[title].accumulation_steps:,}",
+        "predicted peak": lambda title: bytes_text(found[title].memory.peak),
+        f"of the budget of {bytes_text(plan.max_memory)}": lambda title: share[title],
+        "predicted time per update": lambda title: _seconds(found[title]),
+        "time per sample": lambda title: _per_sample(plan, found[title]),
+    }
+    for label, text in rows.items():
+        table.add_row(label, *(text(title) for title in found))
+    return table
+
+
+def memory_table(plan: Plan) -> Table:
+    """Bytes of each kind at the peak, with a bar whose full width is the peak of the largest choice."""
+    table = Table(title="what takes the memory: predicted bytes at the peak", title_justify="left")
+    table.add_column("")
+    found = choices(plan)
+    for title in found:
+        table.add_column(title, justify="right")
+        table.add_column("", width=BAR_WIDTH)
+    for name, label in KINDS.items():
+        cells = [(getattr(choice.memory, name), plan.peak) for choice in found.values()]
+        table.add_row(
+            label, *(cell for num_bytes, of in cells for cell in (bytes_text(num_bytes), _bar(num_bytes, of)))
+        )
+    return table
+
+
+def _bar(num_bytes: int, of: int) -> Bar:
+    # An eighth of a character is the least that shows, and every kind takes something.
+    return Bar(size=of, begin=0, end=min(max(num_bytes, of / (8 * BAR_WIDTH)), of), width=BAR_WIDTH, color="cyan")
+
+
+def _seconds(choice: Choice) -> str:
+    return NONE if choice.seconds_per_update is None else seconds_text(choice.seconds_per_update)
+
+
+def _per_sample(plan: Plan, choice: Choice) -> str:
+    return NONE if choice.seconds_per_update is None else seconds_text(choice.seconds_per_update / plan.batch_size)
+
+
+def lines(plan: Plan, coupled: str | None) -> list[str]:
+    """How the numbers came about, and what they do not say."""
+    passes = f"{plan.num_passes} pass{'' if plan.num_passes == 1 else 'es'}"
+    how = {"fake": f"on fake tensors, in {passes} that allocate nothing", "probes": f"from {passes} with real tensors"}
+    said = [
+        f"predicted {how[plan.method]}: {plan.reason}",
+        _limit_line(plan),
+        f"optimizer state: {plan.optimizer}",
+        f"checkpointing: {plan.checkpointing.verdict}",
+    ]
+    if coupled is not None:
+        said.append(
+            f"note: {coupled} normalises over the micro-batch: its size changes the result, not only memory and time"
+        )
+    return said
+
+
+def _limit_line(plan: Plan) -> str:
+    if plan.micro_batch_size >= plan.batch_size:
+        return "the whole effective batch fits: there is nothing to accumulate"
+    if plan.is_exact:
+        return f"{plan.micro_batch_size + 1} samples at once were tried, too, and do not fit"
+    return f"{plan.micro_batch_size} samples at once fit; whether a few more would was not tried"
