@@ -111,10 +111,13 @@ class Account:
         """What is wrong with the fake runs; empty if a real one takes the same."""
         size = min(fit.traces)
         real, fake = self._probe(size), fit.traces[size]
-        if size > fit.size or (real is not None and abs(real.peak - fake.peak) <= TOLERANCE * real.peak):
+        if size > fit.size or (real is not None and _agree(real.saved, fake.saved) and _agree(real.peak, fake.peak)):
             return ""
-        took = "more than the budget" if real is None else format_bytes(real.peak)
-        return f"fake tensors predict {format_bytes(fake.peak)} for {size} samples, and a real run took {took}"
+        took = "more than the budget" if real is None else f"{format_bytes(real.saved)} and {format_bytes(real.peak)}"
+        return (
+            f"for {size} samples fake tensors predict {format_bytes(fake.saved)} after the forward and a peak of "
+            f"{format_bytes(fake.peak)}, and a real run took {took}"
+        )
 
     def _probe(self, size: int) -> Trace | None:
         """The trace of a real run that keeps within the bytes, together with what does not exist yet; None if none."""
@@ -140,6 +143,10 @@ class Fitting:
     def traces(self) -> list[Trace]:
         """Of the runs that ended."""
         return list(self.fit.traces.values())
+
+
+def _agree(real: int, fake: int) -> bool:
+    return abs(real - fake) <= max(TOLERANCE * real, 64)
 
 
 _REMEDIES = (

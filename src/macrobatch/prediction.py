@@ -20,7 +20,8 @@ class Trace:
 
     `parameters`: with buffers. `gradients`: of the parameters that the loss reaches, allocated before the forward, as
     in the second micro-batch of a window. `inputs`: the micro-batch itself. `live`: what was live beside these three
-    after each operation, shape (operations,). `idle`: positions of the parameters that the loss does not reach.
+    after each operation, shape (operations,); `saved`: after the forward. `idle`: positions of the parameters that
+    the loss does not reach.
     `checkpointed`: `live` as it would be if the model's `num_blocks` blocks recomputed their activations in backward;
     None for a model whose blocks could not be found, or have nothing to recompute.
     """
@@ -30,6 +31,7 @@ class Trace:
     gradients: int
     inputs: int
     live: Bytes
+    saved: int = 0
     idle: frozenset[int] = frozenset()
     checkpointed: Bytes | None = None
     num_blocks: int = 0

@@ -34,6 +34,7 @@ class Recorder(LiveStorages):
         """The record is empty; what is live now is held throughout."""
         self._subtract_freed()
         self.held = self._touched
+        self.saved = 0  # live beside `held` after the forward
         self._live: list[int] = []
         self._blocks: list[_Block] = []
         self._owners: dict[int, _Block] = {}  # by id of what counts a storage
@@ -42,6 +43,8 @@ class Recorder(LiveStorages):
     def start_backward(self) -> None:
         """From here on the first use of what a block saved is where checkpointing would recompute it."""
         self._is_backward = True
+        self._subtract_freed()
+        self.saved = self._touched - self.held
 
     def hold(self, values: Iterable[Tensor]) -> int:
         """`values` count from here on. Returns the bytes that this added."""

@@ -91,7 +91,7 @@ class Rehearsal:
     def input_bytes(self, num_samples: int) -> int:
         """The bytes of a batch of `num_samples` samples."""
         size = min(num_samples, self.largest or num_samples)
-        with FakeTensorMode() as mode:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # a batch of unknown structure stays real
             batch = self._micro_batch(map_tensors(self._sample_batch, mode.from_tensor), size)
             with Recorder(fake=mode.from_tensor) as recorder:
                 return recorder.hold(tensors(batch)) * num_samples // size
@@ -124,6 +124,7 @@ class Rehearsal:
             gradients=recorder.held - parameter_bytes - input_bytes - sum(idle.values()),
             inputs=input_bytes,
             live=live,
+            saved=recorder.saved,
             idle=frozenset(idle),
             checkpointed=recorder.checkpointed(live),
             num_blocks=len(self._blocks),
