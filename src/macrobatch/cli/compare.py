@@ -1,18 +1,22 @@
 """`macrobatch compare`: small batch, accumulation and native large batch on the same samples, in one report."""
 
+import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 from torch import nn
 
+from macrobatch.auto_size import refuse_coupled
+from macrobatch.budget import budget_bytes
 from macrobatch.cli import setup
 from macrobatch.cli.comparison import Comparison, Key, Memory, Result, Way, three_ways
 from macrobatch.cli.figures import save_main_picture
+from macrobatch.cli.forecast import Forecast, sample_batch
 from macrobatch.cli.formats import bytes_text
 from macrobatch.cli.measure import GradientMeter, GradientStatistics, MemoryProbe, sizes_between
 from macrobatch.cli.progress import Progress, say
@@ -22,6 +26,7 @@ from macrobatch.cli.runfiles import write_json, write_text
 from macrobatch.cli.sampling import UpdateIndices, take, update_sizes
 from macrobatch.cli.validation import validation_batches
 from macrobatch.cli.words import findings
+from macrobatch.planning import plan
 from macrobatch.tasks import Task
 from macrobatch.tasks.task import num_samples
 
@@ -35,8 +40,8 @@ class CompareOptions:
     """What the command line said; None where the task's own value is meant, or no budget."""
 
     batch_size: int | None = None
-    micro_batch_size: int | None = None
-    max_memory: int | None = None
+    micro_batch_size: int | Literal["auto"] | None = None
+    max_memory: int | str | None = None
     learning_rate: float | None = None
     samples: int = 8192
     draws: int = 64
@@ -52,7 +57,8 @@ class Comparer:
         self.device = setup.device_named(options.device)
         self.data_size = num_samples(task.train, "train")
         self.batch_size = options.batch_size or min(task.batch_size, self.data_size)
-        self.micro_batch_size = options.micro_batch_size or min(task.micro_batch_size, self.batch_size // 2)
+        self.max_memory = None if options.max_memory is None else budget_bytes(options.max_memory, self.device)
+        self.micro_batch_size = self._micro_batch_size()
         self._check_sizes()
         self.learning_rate = options.learning_rate or task.learning_rate
         self.ways = three_ways(self.batch_size, self.micro_batch_size)
@@ -66,6 +72,25 @@ class Comparer:
         self.validation_work = FORWARD_SHARE * min(MOST_VALIDATION_SAMPLES, num_samples(task.validation, "validation"))
         self.points = validation_points(len(self.indices))
         self.sizes = sizes_between(self.micro_batch_size, self.batch_size)
+
+    def _micro_batch_size(self) -> int:
+        """The size given, the task's own, or with "auto" the fastest that fits, of those that leave two for a batch."""
+        given, most = self.options.micro_batch_size, self.batch_size // 2
+        if given is None:
+            return min(self.task.micro_batch_size, most)
+        if given != "auto":
+            return given
+        refuse_coupled([self.task.model])
+        model = copy.deepcopy(self.task.model).to(self.device)
+        found = plan(
+            model,
+            self.task.loss_fn,
+            sample_batch(self.task),
+            batch_size=self.batch_size,
+            max_memory=self.max_memory,
+            optimizer=self.task.make_optimizer(model, self.task.learning_rate),
+        )
+        return min((found.fastest or found.largest).micro_batch_size, most)
 
     def _check_sizes(self) -> None:
         batch_size, samples = self.batch_size, self.options.samples
@@ -94,19 +119,25 @@ class Comparer:
         """The peak memory of each way. ValueError where not even accumulation fits the budget."""
         first = next(iter(self.indices))
         samples = take(self.task.train, first)
-        probe = MemoryProbe(self.task, samples, self.learning_rate, self.device, self.options.max_memory)
+        probe = MemoryProbe(self.task, samples, self.learning_rate, self.device, self.max_memory)
+        forecast = self._forecast()
         memories: dict[Key, Memory] = {}
         for way in self.ways:
             progress.advance(0, f"measuring memory: {way.name}")
-            memories[way.key] = probe.of(way)
+            predicted = forecast.memory(way.update_size, way.micro_batch_size)
+            memories[way.key] = replace(probe.of(way), predicted_bytes=None if predicted is None else predicted.peak)
             progress.advance(2 * METER_SHARE * way.update_size, f"measuring memory: {way.name}")
         if not (memories["small"].fits and memories["accumulated"].fits):
-            budget = bytes_text(self.options.max_memory) if self.options.max_memory else "of the device"
+            budget = bytes_text(self.max_memory) if self.max_memory else "of the device"
             raise ValueError(
                 f"out of memory: not even micro-batches of {self.micro_batch_size} fit the budget {budget}; give a "
                 "smaller --micro-batch-size, or more --max-memory"
             )
         return memories
+
+    def _forecast(self) -> Forecast:
+        model = copy.deepcopy(self.task.model).to(self.device)
+        return Forecast(self.task, model, self.task.make_optimizer(model, self.learning_rate), self.device)
 
     def train(self, ways: Sequence[Way], progress: Progress) -> dict[Key, Racer]:
         """Every way has been trained on the samples."""
@@ -143,8 +174,8 @@ def compare(task: Task, options: CompareOptions, folder: Path, console: Console)
 
 def headline(comparer: Comparer, folder: Path) -> list[str]:
     """What is going to happen, in lines for the terminal."""
-    task, options = comparer.task, comparer.options
-    budget = "" if options.max_memory is None else f"; budget {bytes_text(options.max_memory)}"
+    task = comparer.task
+    budget = "" if comparer.max_memory is None else f"; budget {bytes_text(comparer.max_memory)}"
     return [
         f"{task.name}: {task.description}" if task.description else task.name,
         f"three times the same {comparer.samples:,} samples in the same order, from the same weights, at learning rate "
@@ -197,7 +228,7 @@ def _comparison(comparer: Comparer, results: dict[Key, Result], gradients: Gradi
         learning_rate=comparer.learning_rate,
         seed=options.seed,
         draws=options.draws,
-        max_memory=options.max_memory,
+        max_memory=comparer.max_memory,
         results=results,
         variances=gradients.by_size,
         gradient_squared=gradients.gradient_squared,

@@ -43,10 +43,12 @@ class Memory:
     """Peak bytes of tensors in two updates: parameters, gradients, optimizer state, activations and input.
 
     `fits` is False where that is more than the budget or the device has; `peak_bytes` is then a lower bound, or None.
+    `predicted_bytes`: what was to be expected before anything ran; None where the model does not run on fake tensors.
     """
 
     peak_bytes: int | None
     fits: bool
+    predicted_bytes: int | None = None
 
 
 @dataclass(frozen=True)

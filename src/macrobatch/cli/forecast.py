@@ -1,6 +1,6 @@
 """What training will take, in bytes, before it does: predicted for a task, in words for the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,14 +62,12 @@ class Forecast:
             return None
 
 
-def prediction_line(predicted: Memory | None, measured: int | None, sizes: Sequence[int]) -> str | None:
-    """Prediction and measurement of the peak in a line; None where there is neither."""
-    if predicted is None and measured is None:
+def prediction_line(predicted: Memory | None, measured: int | None, row: Mapping[str, Any] | None) -> str | None:
+    """Prediction against measurement of the update whose row of the log is given; None without one."""
+    if row is None or measured is None:
         return None
-    said = "not predicted (the model does not run on fake tensors)" if predicted is None else _predicted_text(predicted)
-    seen = "not measured" if measured is None else f"measured {bytes_text(measured)}"
-    return f"memory with micro-batches of {max(sizes)}: {said}, {seen}" if sizes else f"memory: {said}, {seen}"
-
-
-def _predicted_text(predicted: Memory) -> str:
-    return f"predicted {bytes_text(predicted.peak)}"
+    said = "not predicted: the model does not run on fake tensors" if predicted is None else bytes_text(predicted.peak)
+    return (
+        f"memory of update {row['update']}, micro-batches of {row['largest_micro_batch']}: predicted {said}, measured "
+        f"{bytes_text(measured)}"
+    ).replace("predicted not", "not")

@@ -1,5 +1,7 @@
 """A plan on the terminal: two tables, a bar for each kind of memory, and what stands behind the numbers in words."""
 
+from collections.abc import Callable
+
 from rich.bar import Bar
 from rich.table import Table
 
@@ -26,17 +28,19 @@ def choices_table(plan: Plan) -> Table:
     found = choices(plan)
     for title in found:
         table.add_column(title, justify="right")
-    share = {title: f"{choice.memory.peak / plan.max_memory:.1%}" for title, choice in found.items()}
-    rows = {
-        "samples at once": lambda title: f"{found[title].micro_batch_size:,}",
-        "accumulation steps": lambda title: f"{found[title].accumulation_steps:,}",
-        "predicted peak": lambda title: bytes_text(found[title].memory.peak),
-        f"of the budget of {bytes_text(plan.max_memory)}": lambda title: share[title],
-        "predicted time per update": lambda title: _seconds(found[title]),
-        "time per sample": lambda title: _per_sample(plan, found[title]),
-    }
-    for label, text in rows.items():
-        table.add_row(label, *(text(title) for title in found))
+    rows: list[tuple[str, Callable[[Choice], str]]] = [
+        ("samples at once", lambda choice: f"{choice.micro_batch_size:,}"),
+        ("accumulation steps", lambda choice: f"{choice.accumulation_steps:,}"),
+        ("predicted peak", lambda choice: bytes_text(choice.memory.peak)),
+        (
+            f"of the budget of {bytes_text(plan.max_memory)}",
+            lambda choice: f"{choice.memory.peak / plan.max_memory:.1%}",
+        ),
+        ("predicted time per update", lambda choice: seconds_text(choice.seconds_per_update)),
+        ("time per sample", lambda choice: _per_sample(plan, choice)),
+    ]
+    for label, text in rows:
+        table.add_row(label, *(text(choice) for choice in found.values()))
     return table
 
 
@@ -59,10 +63,6 @@ def memory_table(plan: Plan) -> Table:
 def _bar(num_bytes: int, of: int) -> Bar:
     # An eighth of a character is the least that shows, and every kind takes something.
     return Bar(size=of, begin=0, end=min(max(num_bytes, of / (8 * BAR_WIDTH)), of), width=BAR_WIDTH, color="cyan")
-
-
-def _seconds(choice: Choice) -> str:
-    return NONE if choice.seconds_per_update is None else seconds_text(choice.seconds_per_update)
 
 
 def _per_sample(plan: Plan, choice: Choice) -> str:

@@ -1,17 +1,23 @@
 """One training run: what stays fixed from the first update to the last, and what one update does."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from macrobatch import Accumulator, apply_update, collate_windows
+from macrobatch import Accumulator, Window, apply_update, collate_windows
+from macrobatch.auto_size import refuse_coupled
+from macrobatch.budget import budget_bytes
 from macrobatch.cli import setup
+from macrobatch.cli.forecast import coupling_layer, sample_batch
 from macrobatch.cli.memory_use import MemoryUse
 from macrobatch.cli.sampling import UpdateIndices, update_sizes
+from macrobatch.planning import Plan, plan
 from macrobatch.tasks import Task
 from macrobatch.tasks.task import num_samples
 
@@ -20,12 +26,13 @@ from macrobatch.tasks.task import num_samples
 class TrainOptions:
     """What the command line said; None where the task's own value is meant, or no limit.
 
-    Of `updates`, `epochs` and `samples` at most one is given; none means one epoch.
+    `micro_batch_size`: None is "auto" where that changes nothing but memory and time, else the task's own. Of
+    `updates`, `epochs` and `samples` at most one is given; none means one epoch.
     """
 
     batch_size: int | None = None
-    micro_batch_size: int | None = None
-    max_memory: int | None = None
+    micro_batch_size: int | Literal["auto"] | None = None
+    max_memory: int | str | None = None
     learning_rate: float | None = None
     base_batch_size: int | None = None
     scaling: setup.Scaling = "none"
@@ -48,7 +55,6 @@ class Run:
         self.device = setup.device_named(options.device)
         self.data_size = num_samples(task.train, "train")
         self.batch_size = _batch_size(task, options, self.data_size)
-        self.micro_batch_size = min(options.micro_batch_size or task.micro_batch_size, self.batch_size)
         self.base_batch_size = _base_batch_size(task, options, self.batch_size)
         self.base_learning_rate = options.learning_rate or task.learning_rate
         self.learning_rate = setup.scaled_learning_rate(
@@ -61,24 +67,46 @@ class Run:
             self.optimizer, options.schedule, options.warmup, len(self.sizes)
         )
         self.autocast = setup.autocast_dtype(options.precision)
+        self.max_memory = None if options.max_memory is None else budget_bytes(options.max_memory, self.device)
+        self.given_size, self.why_given = _given_size(task, options, self.batch_size)
+        self.plan = None if self.given_size is not None else self._plan()
         self.accumulator = Accumulator(
             self.model,
             task.loss_fn,
-            micro_batch_size=self.micro_batch_size,
+            micro_batch_size=self.given_size or "auto",
+            max_memory=None if self.given_size else self.max_memory,
             autocast=self.autocast,
             scaler=setup.scaler_for(options.precision, self.device),
         )
-        with MemoryUse(self.device, options.max_memory):
-            pass  # a budget beyond the device is refused here, before there is anything to lose
+        with MemoryUse(self.device, self.max_memory):
+            pass  # a budget that cannot be kept is refused here, before there is anything to lose
         self.updates = self.applied = self.samples = self.retries = 0
 
+    @property
+    def micro_batch_size(self) -> int:
+        """The most samples in memory at once: given, or found so far."""
+        return self.given_size or self.accumulator.micro_batch_size or min(self.task.micro_batch_size, self.batch_size)
+
     def windows(self) -> DataLoader[Any]:
-        """The effective batches of the run, each cut into micro-batches before it is collated."""
+        """The effective batches of the run: cut into micro-batches before they are collated, if their size is given."""
+        collate = self.task.collate
         return DataLoader(
             self.task.train,
             batch_sampler=UpdateIndices(self.data_size, self.sizes, self.options.seed),
-            collate_fn=collate_windows(self.task.collate, micro_batch_size=self.micro_batch_size),
+            collate_fn=collate_windows(collate, micro_batch_size=self.given_size) if self.given_size else collate,
             pin_memory=self.device.type == "cuda",
+        )
+
+    def _plan(self) -> Plan:
+        """What fits. ValueError, before anything is trained or written, where not even one sample does."""
+        return plan(
+            self.model,
+            self.task.loss_fn,
+            sample_batch(self.task),
+            batch_size=self.batch_size,
+            max_memory=self.max_memory,
+            measure_speed=False,
+            autocast=self.autocast,
         )
 
     def advance(self, window: Any) -> dict[str, Any]:
@@ -108,9 +136,16 @@ class Run:
             **{name: float(value) for name, value in report.metrics.items()},
         }
 
+    def held(self) -> Iterator[Tensor]:
+        """The tensors that stay from update to update: parameters, buffers and the optimizer's state."""
+        yield from self.model.parameters()
+        yield from self.model.buffers()
+        for state in self.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
     def too_large(self) -> str:
         """What to say when the memory was not enough: what was tried, and what to change."""
-        limit = self.options.max_memory
+        limit = self.max_memory
         budget = "the device's memory" if limit is None else f"the budget of {limit:,} bytes"
         change = "a smaller model" if self.micro_batch_size == 1 else "a smaller --micro-batch-size (the same gradient)"
         more = "" if limit is None else " or more --max-memory"
@@ -125,6 +160,29 @@ def _batch_size(task: Task, options: TrainOptions, data_size: int) -> int:
     if batch_size > data_size:
         raise ValueError(f"--batch-size {batch_size} is more than the {data_size} training samples of {task.name}")
     return batch_size
+
+
+def _given_size(task: Task, options: TrainOptions, batch_size: int) -> tuple[int | None, str]:
+    """The micro-batch size, None where it is to be found, and why it is not found where nobody gave one."""
+    given = options.micro_batch_size
+    if given == "auto":
+        refuse_coupled([task.model])
+        return None, ""
+    if given is not None:
+        return min(given, batch_size), ""
+    why = _why_not_auto(task)
+    return (min(task.micro_batch_size, batch_size), why) if why else (None, "")
+
+
+def _why_not_auto(task: Task) -> str:
+    layer = coupling_layer(task.model)
+    if layer is not None:
+        return f"{layer} normalises over the micro-batch, so that another size would be another model"
+    try:
+        list(Window.of_parts(sample_batch(task), 1))
+    except ValueError:
+        return "its collated batches cannot be cut"
+    return ""
 
 
 def _base_batch_size(task: Task, options: TrainOptions, batch_size: int) -> int:

@@ -1,6 +1,8 @@
 """`macrobatch train`: a model is trained with an effective batch of any size, in micro-batches that fit."""
 
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,26 +12,34 @@ from rich.console import Console
 from rich.markup import escape
 
 from macrobatch.cli import plots
+from macrobatch.cli.forecast import Forecast, prediction_line
 from macrobatch.cli.formats import bytes_text, duration_text, number_text
 from macrobatch.cli.interrupt import CtrlC
-from macrobatch.cli.memory_use import MemoryUse
+from macrobatch.cli.memory_use import MemoryUse, uncounted
 from macrobatch.cli.progress import Progress, say
 from macrobatch.cli.run import Run
 from macrobatch.cli.runfiles import UpdateLog, save_weights, write_json
 from macrobatch.cli.validation import Validation, validate, validation_batches
+from macrobatch.fitting import Memory
 
 Outcome = Literal["finished", "interrupted", "out of memory"]
+LONGEST_SEARCH = 12  # windows in which the accumulator tries sizes, two for each of six at most
 EXIT_CODE: dict[Outcome, int] = {"finished": 0, "interrupted": 130, "out of memory": 2}
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ended. `seconds`: of training alone. `validation`: None where it did not come to that."""
+    """How a run ended. `seconds`: of training alone. `validation`: None where it did not come to that.
+
+    `predicted`: the memory of the update that was measured; None where there was none, or it could not be predicted.
+    """
 
     outcome: Outcome
     seconds: float
     validation: Validation | None
     memory: MemoryUse
+    predicted: Memory | None
+    measured_row: dict[str, Any] | None
 
 
 def train(run: Run, folder: Path, console: Console) -> int:
@@ -37,14 +47,14 @@ def train(run: Run, folder: Path, console: Console) -> int:
     for line in headline(run, folder):
         say(console, line)
     rows: list[dict[str, Any]] = []
-    memory = MemoryUse(run.device, run.options.max_memory)
+    memory = MemoryUse(run.device, run.max_memory)
     with CtrlC() as ctrl_c:
         with UpdateLog(folder) as log:
             started = time.monotonic()
             outcome = _all_updates(run, log, rows, ctrl_c, memory, console)
             seconds = time.monotonic() - started
             validation = _validate(run, log, ctrl_c, console) if outcome == "finished" else None
-        ending = Ending(outcome, seconds, validation, memory)
+        ending = Ending(outcome, seconds, validation, memory, *_predicted(run, rows))
         _write(run, ending, rows, folder)
     for line in closing(run, ending, folder):
         say(console, line)
@@ -59,8 +69,10 @@ def _all_updates(
     """Every update is made and logged, or as many as Ctrl-C and the memory allow."""
     try:
         with memory, Progress(console, sum(run.sizes)) as progress:
-            for window in run.windows():
-                row = run.advance(window)
+            measured = measured_update(run)
+            for window in _windows(run):
+                with memory.of_update(run.held()) if run.updates + 1 == measured else nullcontext():
+                    row = run.advance(window)
                 del window  # before the next one is collated: only one is in memory
                 rows.append(row)
                 log.write(row)
@@ -70,6 +82,33 @@ def _all_updates(
     except torch.OutOfMemoryError:
         return "out of memory"
     return "finished"
+
+
+def _windows(run: Run) -> Iterator[Any]:
+    """The run's windows, loaded without counting; none is kept."""
+    windows = iter(run.windows())
+    for _ in run.sizes:
+        with uncounted():
+            window = next(windows)
+        yield window
+        del window
+
+
+def measured_update(run: Run) -> int:
+    """The number of the update, from 1, whose memory is measured apart: a whole one, after the search for a size."""
+    earliest = 2 if run.given_size else LONGEST_SEARCH + 1
+    whole = [number for number, size in enumerate(run.sizes, 1) if size == max(run.sizes)]
+    return next((number for number in whole if number >= earliest), whole[-1])
+
+
+def _predicted(run: Run, rows: list[dict[str, Any]]) -> tuple[Memory | None, dict[str, Any] | None]:
+    """What was to be expected of the update that was measured, and its row; None for both without that update."""
+    measured = measured_update(run)
+    if len(rows) < measured:
+        return None, None
+    row = rows[measured - 1]
+    forecast = Forecast(run.task, run.model, run.optimizer, run.device, run.autocast)
+    return forecast.memory(run.sizes[measured - 1], row["largest_micro_batch"]), row
 
 
 def _validate(run: Run, log: UpdateLog, ctrl_c: CtrlC, console: Console) -> Validation:
@@ -85,14 +124,14 @@ def _status(run: Run, latest: list[dict[str, Any]], memory: MemoryUse) -> str:
     rate = sum(run.sizes[row["update"] - 1] for row in latest) / sum(row["seconds"] for row in latest)
     return (
         f"update {row['update']}/{len(run.sizes)}  loss {number_text(row['loss'], 4)}  lr {row['lr']:.2g}  "
-        f"{rate:.0f} samples/s  {bytes_text(memory.peak_bytes)}"
+        f"{rate:.0f} samples/s  {bytes_text(memory.peak_bytes)}" + (f"  {run.retries} retries" if run.retries else "")
     )
 
 
 def headline(run: Run, folder: Path) -> list[str]:
     """What is going to happen, in lines for the terminal."""
     options = run.options
-    limit = "" if options.max_memory is None else f"; at most {bytes_text(options.max_memory)}"
+    limit = "" if run.max_memory is None else f"; at most {bytes_text(run.max_memory)}"
     lines = [
         f"{run.task.name}: {run.task.description}" if run.task.description else run.task.name,
         f"{len(run.sizes)} updates of {run.batch_size} samples, {_micro_batches_text(run)}; "
@@ -100,12 +139,17 @@ def headline(run: Run, folder: Path) -> list[str]:
         _learning_rate_line(run),
         f"writing to {folder}",
     ]
+    if run.why_given:
+        lines.append(f"note: the micro-batch size is the task's own, not auto: {run.why_given}")
     if options.precision == "fp16" and run.device.type == "cpu":
         lines.append("note: fp16 on a CPU works but is slow; bf16 or fp32 is usually better there")
     return lines
 
 
 def _micro_batches_text(run: Run) -> str:
+    if run.plan is not None:
+        fit = "all of them fit" if run.plan.accumulation_steps == 1 else f"up to {run.plan.micro_batch_size} fit"
+        return f"in micro-batches of the fastest size that is found ({fit} at once)"
     count = -(-run.batch_size // run.micro_batch_size)
     if count == 1:
         return "each in one piece"
@@ -134,6 +178,9 @@ def closing(run: Run, ending: Ending, folder: Path) -> list[str]:
         + (f"; {run.retries} micro-batches did not fit and were run again in smaller pieces" if run.retries else "")
         + f"; peak memory {bytes_text(ending.memory.peak_bytes)} ({ending.memory.kind})"
     ]
+    line = prediction_line(ending.predicted, ending.memory.update_peak, ending.measured_row)
+    if line is not None:
+        lines.append(line)
     if ending.validation is not None:
         metrics = "".join(f", {name} {number_text(value, 4)}" for name, value in ending.validation.metrics.items())
         lines.append(
@@ -166,6 +213,7 @@ def _write(run: Run, ending: Ending, rows: list[dict[str, Any]], folder: Path) -
             "seconds": ending.seconds,
             "samples_per_second": run.samples / ending.seconds if ending.seconds else None,
             "peak_bytes": ending.memory.peak_bytes,
+            **_memory_entries(ending),
             "peak_of": ending.memory.kind.removeprefix("of "),
             "train_loss": rows[-1]["loss"] if rows else None,
             "validation_loss": validation.loss if validation else None,
@@ -173,9 +221,22 @@ def _write(run: Run, ending: Ending, rows: list[dict[str, Any]], folder: Path) -
             "validation_samples": validation.num_samples if validation else 0,
             "batch_size": run.batch_size,
             "micro_batch_size": run.micro_batch_size,
+            "micro_batch_size_is": "given" if run.given_size else "found",
             "learning_rate": run.learning_rate,
             "base_learning_rate": run.base_learning_rate,
             "base_batch_size": run.base_batch_size,
             "options": asdict(run.options),
         },
     )
+
+
+def _memory_entries(ending: Ending) -> dict[str, Any]:
+    """Prediction and measurement of one update for the summary; bytes, by kind where predicted."""
+    row, predicted = ending.measured_row, ending.predicted
+    return {
+        "memory_of_update": None if row is None else row["update"],
+        "memory_micro_batch_size": None if row is None else row["largest_micro_batch"],
+        "memory_predicted_bytes": None if predicted is None else predicted.peak,
+        "memory_measured_bytes": ending.memory.update_peak,
+        "memory_predicted": None if predicted is None else asdict(predicted),
+    }

@@ -85,7 +85,7 @@ def memory(comparison: Comparison) -> Finding | None:
         return Finding(
             f"Accumulation trains a batch of {comparison.batch_size} where it does not fit",
             f"In one piece {comparison.batch_size} samples do not fit into {budget}{at_least}. In micro-batches of "
-            f"{comparison.micro_batch_size} the same update takes {needs}.",
+            f"{comparison.micro_batch_size} the same update takes {needs}.{_predictions(comparison)}",
         )
     if native.peak_bytes is None:
         return None
@@ -93,11 +93,22 @@ def memory(comparison: Comparison) -> Finding | None:
     parts = (
         f"The update of {comparison.batch_size} samples takes {needs} in micro-batches of "
         f"{comparison.micro_batch_size}, and {bytes_text(native.peak_bytes)} in one piece. Parameters, gradients and "
-        "optimizer state are in both; activations are those of one micro-batch."
+        f"optimizer state are in both; activations are those of one micro-batch.{_predictions(comparison)}"
     )
     if share >= 0.95:
         return Finding(f"Accumulation saved hardly any memory here: {share:.2f} of the native peak", parts)
     return Finding(f"What accumulation buys is memory: {share:.2f} of the native peak", parts)
+
+
+def _predictions(comparison: Comparison) -> str:
+    """Prediction against measurement for accumulation and the native batch; nothing where nothing was predicted."""
+    said = [
+        f"{bytes_text(memory.predicted_bytes)} for {result.way.name}, measured "
+        + (bytes_text(memory.peak_bytes) if memory.fits else "nothing, it does not fit")
+        for result in comparison.results.values()
+        if (memory := result.memory).predicted_bytes is not None and result.way.key != "small"
+    ]
+    return f" Predicted before anything ran: {'; '.join(said)}." if said else ""
 
 
 # ------------------------------------------------------------------------------------------------ small batch
