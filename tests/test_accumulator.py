@@ -593,3 +593,36 @@ def test_count_and_weight_together_are_refused() -> None:
         run(lambda m, b: {"a": mean_square(m, b)})
     with pytest.raises(ValueError, match=r"the loss 'a' has no count: count= gave \['b', 'c'\]"):
         run(lambda m, b: {"a": mean_square(m, b)}, count=lambda b: {"b": 1, "c": 2})
+
+
+def test_a_criterion_is_no_loss_fn_and_the_error_names_sum_loss() -> None:
+    with pytest.raises(ValueError, match=r"a CrossEntropyLoss takes \(outputs, targets\): give macrobatch.sum_loss"):
+        mb.Accumulator(regressor(), nn.CrossEntropyLoss(), micro_batch_size=4)
+
+
+@pytest.mark.parametrize("micro_batch_size", [4, None, "auto"])
+def test_a_loader_given_for_a_batch_is_refused_with_the_loop_to_write(micro_batch_size: object) -> None:
+    loader = torch.utils.data.DataLoader(list(zip(*points(), strict=True)), batch_size=4)
+    for given in (loader, iter(loader), mb.windows(loader, accumulation_steps=2)):
+        with pytest.raises(ValueError, match=r"run takes one effective batch at a time, got a .*: for batch in loader"):
+            run(mean_square, given, micro_batch_size=micro_batch_size)
+
+
+def test_a_denominator_of_zero_leaves_the_other_loss_and_its_gradient() -> None:
+    model, batch = tagger(), tokens_and_labels()
+
+    def count(b: dict[str, torch.Tensor]) -> dict[str, int]:
+        return {"tokens": 0, "sequences": len(b["labels"])}
+
+    def losses(m: nn.Module, b: dict[str, torch.Tensor]) -> dict[str, object]:
+        return {"tokens": 0, "sequences": two_losses(m, b)["sequences"]}
+
+    expected = reference(model, lambda: two_losses(model, batch)["sequences"] / 13)
+    report = mb.Accumulator(model, losses, micro_batch_size=4, count=count).run(batch)
+    assert difference(gradients(model), expected) <= EXACT
+    assert abs(float(report.loss) - two_losses(model, batch)["sequences"].item() / 13) <= EXACT
+
+
+def test_a_bare_list_of_images_of_unlike_size_is_cut_between_them() -> None:
+    images = [torch.ones(3, height, 5, dtype=torch.float64) for height in (4, 5, 6, 7)]
+    assert [len(part) for part in mb.Window([images]).cut(1)] == [1, 1, 1, 1]

@@ -460,3 +460,22 @@ def test_a_refusal_leaves_gradients_and_parameters_alone() -> None:
         mb.apply_update(SGD(model.parameters(), lr=0.1), max_norm=-1)
     assert same_state(values(model), start)
     assert model.inner.weight.grad is gradient
+
+
+def test_an_optimizer_of_other_parameters_is_refused() -> None:
+    model, other = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
+    report = mb.Accumulator(model, lambda m, b: m(b).mean(), micro_batch_size=2).run(torch.ones(4, 3))
+    with pytest.raises(
+        ValueError, match="the optimizer holds 2 parameters, none of the 2 that this window has gradients"
+    ):
+        mb.apply_update(torch.optim.SGD(other.parameters(), lr=0.1), report)
+
+
+def test_overflows_of_a_grad_scaler_cannot_be_ignored() -> None:
+    model = torch.nn.Linear(3, 1)
+    accumulator = mb.Accumulator(
+        model, lambda m, b: m(b).mean(), micro_batch_size=2, scaler=torch.amp.GradScaler("cpu")
+    )
+    report = accumulator.run(torch.ones(4, 3))
+    with pytest.raises(ValueError, match="nonfinite='ignore' would step on the overflows"):
+        mb.apply_update(torch.optim.SGD(model.parameters(), lr=0.1), report, nonfinite="ignore")

@@ -9,12 +9,14 @@ gradient of the sum over the effective batch. Only then are they divided, once, 
     p.grad *= 1 / (seed * total)                                   # total: over all micro-batches and ranks
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
+from torch.nn.modules.loss import _Loss
+from torch.utils.data import DataLoader
 
 from macrobatch import structure
 from macrobatch.auto_size import AutoSize, refuse_coupled
@@ -22,6 +24,7 @@ from macrobatch.batch import Cut, NumSamples, Window, check_size
 from macrobatch.devices import on_device
 from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks
 from macrobatch.gradients import Frozen, WindowGradients, modules_of, multiply_
+from macrobatch.grouping import Windows
 from macrobatch.planning import plan
 from macrobatch.recovery import Attempt, Recovery, RunAgain
 from macrobatch.report import Report
@@ -69,6 +72,11 @@ class Accumulator:
         num_samples: NumSamples | None = None,
         process_group: GroupChoice = AUTO,
     ) -> None:
+        if isinstance(loss_fn, _Loss):
+            raise ValueError(
+                f"a loss_fn takes (model, micro_batch), a {type(loss_fn).__name__} takes (outputs, targets): give "
+                "macrobatch.sum_loss(criterion), which makes it one for (inputs, targets) batches"
+            )
         self.model = model
         self.loss_fn = loss_fn
         self._limit = _limit(micro_batch_size, max_memory)
@@ -175,6 +183,11 @@ class Accumulator:
         return window, not some_idle
 
     def _window(self, batch: Nested) -> Window:
+        if isinstance(batch, DataLoader | Iterator | Windows):
+            raise ValueError(
+                f"run takes one effective batch at a time, got a {type(batch).__name__}: for batch in loader: "
+                "run(batch), or for window in windows(loader, accumulation_steps=8): run(window)"
+            )
         if isinstance(self._limit, AutoSize) and not self._limit.has_begun:
             self._begin_search(self._limit, batch)
         largest = self._limit.current

@@ -94,6 +94,8 @@ class Recorder(LiveStorages):
         return int(checkpointed[before]) + added
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # two thirds of all calls: where a fake tensor lies is no operation
+            return func(*args)
         if self._fake is not None and func is not torch.ops.aten.lift_fresh.default:  # which makes a constant fake
             args, kwargs = self._all_fake(args), {name: self._all_fake(value) for name, value in (kwargs or {}).items()}
         outputs = super().__torch_dispatch__(func, types, args, kwargs)

@@ -148,9 +148,12 @@ def _fits_within(node: Nested, n: int) -> bool:
 def _told_apart(batch: Nested, stacked: int, listed: int) -> int:
     """The number of samples where every tensor has `stacked` rows, and yet lists of length `listed` may hold samples.
 
-    Two images (3, H, W) with three boxes in each look like three samples. A list of records holds samples; else a list
-    of labels decides by its length. Raises ValueError if nothing decides and there may be images of unlike size.
+    Two images (3, H, W) with three boxes in each look like three samples. A bare list of images of unlike size holds
+    samples, and so does a list of records; else a list of labels decides by its length. Raises ValueError if nothing
+    decides and there may be images of unlike size.
     """
+    if isinstance(batch, list) and len(batch) == listed and _may_be_images(batch):
+        return listed
     lists = [node for node in _lists(batch) if len(node) == listed and has_rows(node) and node is not batch]
     if not all(map(_are_alike, lists)):
         return stacked

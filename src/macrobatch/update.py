@@ -38,8 +38,13 @@ def apply_update(
     """
     optimizers = _checked(optimizer)
     _check_options(max_norm, nonfinite)
+    if nonfinite == "ignore" and report is not None and report.scaler is not None:
+        raise ValueError(
+            "nonfinite='ignore' would step on the overflows that a GradScaler provokes: leave it at 'skip'"
+        )
     owned = {id(p): p for each in optimizers for group in each.param_groups for p in group["params"]}
     parameters = list(owned.values())  # each once: optimizers may share some
+    _refuse_strangers(parameters, report)
     grad_norm = gradient_norm(parameters)
     applied = nonfinite == "ignore" or _may_step(grad_norm, report)
     if applied:
@@ -51,6 +56,16 @@ def apply_update(
         report.scaler.update()  # which needs gradients to have been looked at: a window without terms has none
     _drop_gradients([*parameters, *(report.parameters if report is not None else ())])
     return Update(grad_norm, applied)
+
+
+def _refuse_strangers(parameters: Sequence[nn.Parameter], report: Report | None) -> None:
+    """ValueError if the window trained parameters, and the optimizers hold none of those."""
+    trained = [] if report is None else [p for p in report.parameters if p.grad is not None]
+    if trained and not {id(p) for p in trained} & {id(p) for p in parameters}:
+        raise ValueError(
+            f"the optimizer holds {len(parameters)} parameters, none of the {len(trained)} that this window has "
+            "gradients for: it would change nothing. Give the optimizer of the accumulator's model"
+        )
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

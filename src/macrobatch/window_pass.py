@@ -177,11 +177,15 @@ class WindowPass:
     def report(self, retries: int) -> Report:
         """What the window was, with every sum divided by its total."""
         counts = self._counts or {LOSS: self._totals.weight}
-        means = {name: value / denominator(name, counts) for name, value in self._totals.kind("sum").items()}
+        sums = self._totals.kind("sum")
+        divisors = {name: denominator(name, counts) for name in sums}
+        means = {name: value / divisors[name] for name, value in sums.items()}  # NaN where there was nothing to average
+        parts = torch.stack([mean.where(divisors[name] != 0, 0.0) for name, mean in means.items()])
+        has_terms = torch.stack([divisor != 0 for divisor in divisors.values()]).any()
         by_default = next(iter(counts.values())) if len(counts) == 1 else self._totals.num_samples
         metrics = {name: value / counts.get(name, by_default) for name, value in self._totals.kind("metric").items()}
         return Report(
-            loss=torch.stack(list(means.values())).sum(),
+            loss=parts.sum().where(has_terms, torch.nan),
             loss_weight=counts if len(counts) > 1 else next(iter(counts.values())),
             metrics={name: mean for name, mean in means.items() if name != LOSS} | metrics,
             sample_count=self._totals.num_samples,
