@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -224,6 +225,66 @@ def test_a_model_beyond_the_budget_ends_in_a_line_that_says_what_to_change(tmp_p
     assert 30_000 < ended["peak_bytes"] <= 150_000
 
 
+def test_by_default_the_micro_batch_size_is_found_and_the_losses_are_the_same(tmp_path: Path) -> None:
+    options = [*LINE, "--batch-size", 40, "--steps", 14]
+    said = run(*options, "--output", tmp_path / "found")
+    run(*options, "--micro-batch-size", 7, "--output", tmp_path / "given")
+    assert "in micro-batches of the fastest size that is found (all of them fit at once)" in said
+    assert [summary(tmp_path / name)["micro_batch_size_is"] for name in ("found", "given")] == ["found", "given"]
+    assert len({row["largest_micro_batch"] for row in rows(tmp_path / "found")}) > 1  # sizes were tried
+    assert losses(tmp_path / "found") == pytest.approx(losses(tmp_path / "given"), rel=1e-5)
+
+
+def test_a_found_size_keeps_within_the_budget(tmp_path: Path) -> None:
+    options = [*LINE, "--task-option", "hidden=1000", "--batch-size", "40", "--steps", "14", "--max-memory", "150KB"]
+    said = run(*options, "--output", tmp_path / "run")
+    ended = summary(tmp_path / "run")
+    assert (ended["outcome"], ended["retries"]) == ("finished", 0)
+    assert ended["peak_bytes"] <= 150_000
+    assert re.search(r"in micro-batches of the fastest size that is found \(up to \d+ fit at once\)", said)
+    assert max(row["largest_micro_batch"] for row in rows(tmp_path / "run")) < 40  # the control: the limit was felt
+
+
+def test_a_layer_that_couples_samples_keeps_the_tasks_own_size_and_a_line_says_so(tmp_path: Path) -> None:
+    said = run("--task", "digits", "--task-option", "width=2", "--steps", "2", "--output", tmp_path / "run")
+    assert "note: the micro-batch size is the task's own, not auto: 1 (BatchNorm2d) normalises over" in said
+    assert summary(tmp_path / "run")["micro_batch_size"] == load_task("digits").micro_batch_size
+
+
+def test_what_was_predicted_is_shown_beside_what_was_measured(tmp_path: Path) -> None:
+    options = [*TINY_LM, "--batch-size", "16", "--micro-batch-size", "4", "--steps", "2", "--device", "cpu"]
+    said = run(*options, "--output", tmp_path / "run")
+    found = summary(tmp_path / "run")
+    assert found["memory_predicted_bytes"] == pytest.approx(found["memory_measured_bytes"], rel=1e-3)
+    assert sum(found["memory_predicted"].values()) == found["memory_predicted_bytes"]
+    assert re.search(r"memory of update 2, micro-batches of 4: predicted [\d.]+ MB, measured [\d.]+ MB", said)
+    # The control: another size is another number, well outside of it.
+    run(*options, "--micro-batch-size", "8", "--output", tmp_path / "eight")
+    assert summary(tmp_path / "eight")["memory_measured_bytes"] > 1.5 * found["memory_predicted_bytes"]
+
+
+def test_the_data_set_takes_nothing_from_the_budget(tmp_path: Path) -> None:
+    options = [*TINY_LM, "--batch-size", "8", "--micro-batch-size", "2", "--steps", "2", "--device", "cpu"]
+    run(*options, "--max-memory", "4MB", "--output", tmp_path / "run")
+    data = load_task("code-lm").train
+    assert data[0].untyped_storage().nbytes() > 4_000_000  # the control: counted, it would not fit
+    assert summary(tmp_path / "run")["retries"] == 0
+
+
+def test_micro_batches_that_did_not_fit_are_told_of(tmp_path: Path) -> None:
+    options = [*LINE, "--task-option", "hidden=1000", "--batch-size", "40", "--steps", "2", "--max-memory", "150KB"]
+    said = run(*options, "--micro-batch-size", "40", "--output", tmp_path / "run")
+    retries = [row["retries"] for row in rows(tmp_path / "run")]
+    assert retries[0] > 0
+    assert summary(tmp_path / "run")["retries"] == sum(retries)
+    assert f"{sum(retries)} micro-batches did not fit and were run again in smaller pieces" in said
+
+
+def test_a_budget_can_be_a_share_of_what_the_device_has(tmp_path: Path) -> None:
+    run(*LINE, "--steps", "1", "--max-memory", "50%", "--output", tmp_path / "run")
+    assert summary(tmp_path / "run")["peak_of"] == "tensors"
+
+
 # ---- mistakes
 
 
@@ -234,7 +295,10 @@ def test_a_model_beyond_the_budget_ends_in_a_line_that_says_what_to_change(tmp_p
         (["--batch-size", "many"], "--batch-size"),
         (["--micro-batch-size", "0"], "at least 1, is needed; got '0'"),
         (["--micro-batch-size", "-3"], "at least 1, is needed; got '-3'"),
-        (["--micro-batch-size", "auto"], "auto is not there yet: give a number"),
+        (["--task", "digits", "--micro-batch-size", "auto"], "error: micro_batch_size='auto' would change the result"),
+        (["--max-memory", "20B"], "error: max_memory=20 B is less than the model's own state"),
+        (["--max-memory", "150B"], "error: one sample does not fit into max_memory=150 B"),
+        (["--max-memory", "200%"], "error: max_memory='200%': a share of what the device has is above 0%"),
         (["--schedule", "zigzag"], "'zigzag' is not one of 'constant', 'linear', 'cosine'"),
         (["--precision", "fp8"], "'fp8' is not one of 'fp32', 'bf16', 'fp16'"),
         (["--scaling", "cubic"], "'cubic' is not one of 'none', 'linear', 'sqrt'"),
@@ -243,7 +307,7 @@ def test_a_model_beyond_the_budget_ends_in_a_line_that_says_what_to_change(tmp_p
         (["--lr", "nan"], "a number above 0 is needed; got 'nan'"),
         (["--max-norm", "0"], "a number above 0 is needed; got '0'"),
         (["--max-memory", "lots"], "'lots' is not a number of bytes"),
-        (["--max-memory", "900TB"], "error: a limit of 900.00 TB is beyond the device"),
+        (["--max-memory", "900TB"], "error: max_memory=900.00 TB is beyond the device"),
         (["--task-option", "size"], "a task option is written name=value"),
         (["--warmup", "-1"], "--warmup"),
         (["--task", "cats"], "error: there is no task 'cats'. Built-in tasks: code-lm, digits"),

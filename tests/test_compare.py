@@ -174,6 +174,26 @@ def test_batch_norm_is_named_where_accumulation_differs_because_of_it(tmp_path: 
     assert strict_json(tmp_path / "run" / "compare.json")["gradient_difference"] > 0.05
 
 
+def test_the_predicted_peaks_stand_beside_the_measured_ones(compared: tuple[str, Path]) -> None:
+    said, folder = compared
+    memories = {key: result["memory"] for key, result in strict_json(folder / "compare.json")["results"].items()}
+    accumulated, native = memories["accumulated"], memories["native"]
+    assert accumulated["predicted_bytes"] == pytest.approx(accumulated["peak_bytes"], rel=0.01)
+    # In one piece gradients come into being while activations go: the prediction takes them to be there before.
+    assert native["peak_bytes"] <= native["predicted_bytes"] <= 1.05 * native["peak_bytes"]
+    assert "peak memory, predicted" in said
+    assert "Predicted before anything ran: " in (folder / "report.html").read_text()
+
+
+def test_the_micro_batch_size_is_found_only_where_asked(tmp_path: Path) -> None:
+    options = [*SMALL_LM, "--batch-size", "16", "--samples", "16", "--device", "cpu"]
+    said = run(*options, "--micro-batch-size", "auto", "--output", tmp_path / "auto")
+    assert 1 <= strict_json(tmp_path / "auto" / "compare.json")["micro_batch_size"] <= 8
+    assert "Accumulation equals the native large batch" in said
+    refused = run("--task", "digits", "--micro-batch-size", "auto", "--output", tmp_path / "digits", code=2)
+    assert "error: micro_batch_size='auto' would change the result" in refused
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -485,7 +505,7 @@ def test_what_was_not_measured_is_a_dash_in_the_table_and_the_page_is_made_all_t
     without = with_result("native", memory=Memory(None, False), course=None, variance=None)
     table = dict(rows(without))
     assert table["validation loss"][2] == "-"
-    assert table["peak memory"] == ["10.0 MB", "11.0 MB", "out of memory"]
+    assert table["peak memory, measured"] == ["10.0 MB", "11.0 MB", "out of memory"]
     assert "out of memory" in page(without, words.findings(without))
 
 
