@@ -10,7 +10,7 @@ def sizes_to_measure(num_samples: int, largest: int, count: int = 6) -> list[int
     """Micro-batch sizes from `largest` down by halves, as they would be cut from `num_samples`: even, ascending.
 
     >>> sizes_to_measure(128, 100, 3), sizes_to_measure(128, 3)
-    ([26, 43, 64], [1, 3])
+    ([22, 43, 64], [1, 3])
     """
     return sorted({even_size(num_samples, max(1, largest >> halvings)) for halvings in range(count)})
 
