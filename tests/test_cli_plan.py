@@ -52,9 +52,9 @@ def counting() -> Task:
     return replace(line(), model=Counting())
 
 
-def normalising() -> Task:
+def normalising(*, size: int = 128) -> Task:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
-    return replace(line(), model=model, loss_fn=squares)
+    return replace(line(size=size), model=model, loss_fn=squares, batch_size=size)
 
 
 # ---- what it says

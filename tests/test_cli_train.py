@@ -297,7 +297,7 @@ def test_a_budget_can_be_a_share_of_what_the_device_has(tmp_path: Path) -> None:
         (["--micro-batch-size", "-3"], "at least 1, is needed; got '-3'"),
         (["--task", "digits", "--micro-batch-size", "auto"], "error: micro_batch_size='auto' would change the result"),
         (["--max-memory", "20B"], "error: max_memory=20 B is less than the model's own state"),
-        (["--max-memory", "150B"], "error: one sample does not fit into max_memory=150 B"),
+        (["--max-memory", "200B"], "error: one sample does not fit into max_memory=200 B"),
         (["--max-memory", "200%"], "error: max_memory='200%': a share of what the device has is above 0%"),
         (["--schedule", "zigzag"], "'zigzag' is not one of 'constant', 'linear', 'cosine'"),
         (["--precision", "fp8"], "'fp8' is not one of 'fp32', 'bf16', 'fp16'"),

@@ -29,8 +29,8 @@ def window_of(task: Task, samples: Sequence[Any], micro_batch_size: int) -> Wind
 class MemoryProbe:
     """Peaks of two updates of a task, under a budget in bytes if one is given.
 
-    Model and optimizer are made inside of what is measured, so parameters, gradients and optimizer state count; the
-    second update is there because optimizers make their state in the first.
+    The model is a copy of its own, which counts from the first forward on. Gradients and optimizer state come into
+    being inside of what is measured: the second update is there because optimizers make their state in the first.
     """
 
     task: Task
@@ -49,17 +49,17 @@ class MemoryProbe:
     def peak(self, update_size: int, micro_batch_size: int) -> int | None:
         """The peak in bytes, or None where the memory is not enough for micro-batches of this size."""
         window = window_of(self.task, self.samples[:update_size], micro_batch_size)
+        model = copy.deepcopy(self.task.model).to(self.device)  # outside: the one that it is copied from does not count
         try:
             with (
                 quiet(),
                 nullcontext() if self.max_memory is None else memory_limit(self.max_memory, device=self.device),
             ):
-                return peak_memory(lambda: self._two_updates(window), device=self.device)
+                return peak_memory(lambda: self._two_updates(model, window), device=self.device)
         except torch.OutOfMemoryError:
             return None
 
-    def _two_updates(self, window: Window) -> None:
-        model = copy.deepcopy(self.task.model).to(self.device)
+    def _two_updates(self, model: nn.Module, window: Window) -> None:
         optimizer = self.task.make_optimizer(model, self.learning_rate)
         accumulator = Accumulator(model, self.task.loss_fn)
         for _ in range(2):

@@ -97,7 +97,8 @@ def _windows(run: Run) -> Iterator[Any]:
 def measured_update(run: Run) -> int:
     """The number of the update, from 1, whose memory is measured apart: a whole one, after the search for a size."""
     earliest = 2 if run.given_size else LONGEST_SEARCH + 1
-    whole = [number for number, size in enumerate(run.sizes, 1) if size == max(run.sizes)]
+    largest = max(run.sizes)
+    whole = [number for number, size in enumerate(run.sizes, 1) if size == largest]
     return next((number for number in whole if number >= earliest), whole[-1])
 
 
