@@ -1,7 +1,7 @@
 """What the micro-batches of a window add up to: losses, their weights and metrics, over the window and over ranks."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,9 @@ from macrobatch.distributed import Ranks
 from macrobatch.structure import Nested
 from macrobatch.weighting import LOSS, Count, Terms, checked_count, known
 
+Part = tuple[
+    Count, int
+]  # a value and how often it counts: micro-batch means are multiplied at the end, not in the loop
 CountFn = Callable[[Nested], Count | Mapping[str, Count]]
 
 
@@ -20,19 +23,18 @@ class Tally:
 
     sizes: list[int] = field(default_factory=list)
     weights: list[Count] = field(default_factory=list)
-    columns: dict[str, list[Count]] = field(default_factory=dict)
+    columns: dict[str, list[Part]] = field(default_factory=dict)
 
     def add(self, terms: Terms, num_samples: int) -> None:
         """One micro-batch of `num_samples` samples is counted; if an allocation here fails, nothing of it is."""
-        columns: dict[str, Count] = {f"metric {name}": _detached(value) for name, value in terms.metrics.items()}
-        for name, value in terms.sums.items():
-            loss_sum = value.detach() * terms.multiplier if terms.is_mean else value.detach()
-            columns[f"sum {name}"] = 0.0 if terms.is_empty else loss_sum  # the sum of 0 terms may be NaN
+        columns: dict[str, Part] = {f"metric {name}": (_kept(value), 1) for name, value in terms.metrics.items()}
+        for name, value in terms.sums.items():  # where there are no terms, their sum may be NaN
+            columns[f"sum {name}"] = (0.0 if terms.is_empty else _kept(value), terms.multiplier)
         self.sizes.append(num_samples)
         if terms.weight is not None:
             self.weights.append(terms.weight)
-        for name, number in columns.items():
-            self.columns.setdefault(name, []).append(number)
+        for name, part in columns.items():
+            self.columns.setdefault(name, []).append(part)
 
     def totals(self, ranks: Ranks, names: Iterable[str], device: torch.device) -> "Totals":
         """Everything summed over the window and over ranks, as float64 of shape () on `device`; no host sync.
@@ -48,7 +50,10 @@ class Tally:
                     f"here {[n.split(' ', 1)[1] for n in names]}"
                 )
         parts = [total(self.columns.get(name, []), device) for name in names]
-        parts += [total(self.weights, device), torch.tensor(float(sum(self.sizes)), dtype=torch.float64, device=device)]
+        parts += [
+            total([(w, 1) for w in self.weights], device),
+            torch.tensor(float(sum(self.sizes)), dtype=torch.float64, device=device),
+        ]
         summed = ranks.sum(torch.stack(parts)).unbind() if ranks.size > 1 else parts
         *columns, weight, num_samples = summed
         return Totals(
@@ -56,8 +61,12 @@ class Tally:
         )
 
 
-def _detached(value: Count) -> Count:
-    return value.detach() if isinstance(value, Tensor) else value
+def _kept(value: Count) -> Count:
+    """The value without its graph, and without the storage of what it may be a view into."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach()
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 @dataclass(frozen=True)
@@ -73,16 +82,18 @@ class Totals:
         return {name.split(" ", 1)[1]: value for name, value in self.columns.items() if name.startswith(f"{kind} ")}
 
 
-def total(values: Iterable[Count], device: torch.device) -> Tensor:
-    """The sum of numbers and of tensors of shape (), in float64, shape () on `device`."""
-    values = list(values)
-    numbers = math.fsum(value for value in values if not isinstance(value, Tensor))
-    scalars = [value.to(device) for value in values if isinstance(value, Tensor)]
+def total(parts: Sequence[Part], device: torch.device) -> Tensor:
+    """The sum of value times multiplier, in float64, shape () on `device`; values are numbers or of shape ()."""
+    numbers = math.fsum(value * times for value, times in parts if not isinstance(value, Tensor))
+    scalars = [(value.to(device), times) for value, times in parts if isinstance(value, Tensor)]
     if not scalars:
         return torch.tensor(numbers, dtype=torch.float64, device=device)
-    if any(value.dtype != scalars[0].dtype for value in scalars):
-        scalars = [value.double() for value in scalars]
-    return torch.stack(scalars).sum(dtype=torch.float64) + numbers
+    if any(value.dtype != scalars[0][0].dtype for value, _ in scalars):
+        scalars = [(value.double(), times) for value, times in scalars]
+    summands = torch.stack([value for value, _ in scalars]).double()
+    if any(times != 1 for _, times in scalars):
+        summands = summands * torch.tensor([times for _, times in scalars], dtype=torch.float64, device=device)
+    return summands.sum() + numbers
 
 
 def count_window(
@@ -92,13 +103,13 @@ def count_window(
 
     Called before the first forward, so that every loss can be divided by its own total.
     """
-    columns: dict[str, list[Count]] = {}
+    columns: dict[str, list[Part]] = {}
     num_micro_batches = 0
     for micro_batch in window:
         num_micro_batches += 1
         counted = count(micro_batch)
         for name, value in (counted if isinstance(counted, Mapping) else {LOSS: counted}).items():
-            columns.setdefault(name, []).append(checked_count(value, f"count of {name!r}"))
+            columns.setdefault(name, []).append((checked_count(value, f"count of {name!r}"), 1))
     names = ranks.union(columns)
     parts = [total(columns.get(name, []), device) for name in names]
     parts.append(torch.tensor(float(num_micro_batches), dtype=torch.float64))
