@@ -33,7 +33,6 @@ def save_curve(folder: Path, plan: Plan, task_name: str) -> None:
 def _draw_time(axes: Axes, plan: Plan) -> None:
     timed = [(point.micro_batch_size, point.seconds_per_sample) for point in plan.curve if point.seconds_per_sample]
     axes.set_ylabel("time per sample")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds_text(value)))
     if not timed:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center")
         return
@@ -41,8 +40,12 @@ def _draw_time(axes: Axes, plan: Plan) -> None:
     size, seconds = min(timed, key=lambda each: each[1])
     axes.plot(size, seconds, color=ORANGE, marker="o", markersize=9)
     label = f"fastest: {size}"
-    axes.annotate(label, (size, seconds), xytext=(0, 10), textcoords="offset points", color=ORANGE, ha="center")
-    axes.set_ylim(0, 1.2 * max(seconds for _, seconds in timed))
+    axes.annotate(label, (size, seconds), xytext=(0, -18), textcoords="offset points", color=ORANGE, ha="center")
+    high = 1.3 * max(slowest for _, slowest in timed)
+    low = seconds / 1.3 * (seconds / high) ** 0.3  # room for the label below the lowest point
+    axes.set(yscale="log", ylim=(low, high))
+    _set_ticks(axes, low, high)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds_text(value)))
 
 
 def _draw_memory(axes: Axes, plan: Plan) -> None:
@@ -53,10 +56,23 @@ def _draw_memory(axes: Axes, plan: Plan) -> None:
     axes.annotate(budget, (sizes[0], plan.max_memory), xytext=(0, 4), textcoords="offset points", color=INK)
     axes.plot(plan.micro_batch_size, plan.peak, color=ORANGE, marker="o", markersize=9)
     label = f"largest that fits: {plan.micro_batch_size}"
-    axes.annotate(label, (plan.micro_batch_size, plan.peak), xytext=(8, -14), textcoords="offset points", color=ORANGE)
+    place = ((8, -14), "left") if plan.micro_batch_size < sizes[-1] else ((-10, 4), "right")  # where no line runs
+    axes.annotate(
+        label,
+        (plan.micro_batch_size, plan.peak),
+        xytext=place[0],
+        ha=place[1],
+        textcoords="offset points",
+        color=ORANGE,
+    )
     axes.set(ylabel="predicted peak", yscale="log")
     low, high = min(peaks) / 1.5, max(*peaks, plan.max_memory) * 1.5
-    ticks = [tick * 10.0**power for power in range(3, 14) for tick in (1, 2, 5) if low < tick * 10.0**power < high]
-    axes.yaxis.set(major_locator=FixedLocator(ticks), minor_locator=NullLocator())
+    _set_ticks(axes, low, high)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value)))
     axes.set_ylim(low, high)
+
+
+def _set_ticks(axes: Axes, low: float, high: float) -> None:
+    """The y axis has ticks at 1, 2 and 5 of each power of ten in its range."""
+    ticks = [tick * 10.0**power for power in range(-9, 14) for tick in (1, 2, 5) if low < tick * 10.0**power < high]
+    axes.yaxis.set(major_locator=FixedLocator(ticks), minor_locator=NullLocator())

@@ -44,8 +44,8 @@ def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
     table: list[Row] = [
         ("samples per update", lambda _, result: str(result.way.update_size)),
         ("samples at once", lambda _, result: str(result.way.micro_batch_size)),
-        ("peak memory, predicted", lambda _, result: bytes_text(result.memory.predicted_bytes)),
-        ("peak memory, measured", _memory),
+        ("predicted peak", lambda _, result: bytes_text(result.memory.predicted_bytes)),
+        ("peak memory", _memory),
         ("updates", _of_course(lambda course: f"{len(course.update_seconds):,}")),
         ("time per update", _of_course(lambda course: seconds_text(course.seconds_per_update))),
         ("samples per second", _of_course(lambda course: f"{course.samples_per_second:,.0f}")),
