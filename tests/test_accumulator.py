@@ -426,9 +426,9 @@ def test_a_mean_over_samples_beside_ignore_labels_passes_when_said_explicitly() 
     run(lambda m, b: (m(b["tokens"]).square().mean() * len(b["tokens"]), len(b["tokens"])), batch, model)
 
 
-@pytest.mark.parametrize("size", [0, -3, 2.5, True, "8"])
+@pytest.mark.parametrize("size", [0, -3, 2.5, True, "8", "automatic"])
 def test_a_micro_batch_size_must_be_a_positive_integer(size: object) -> None:
-    with pytest.raises(ValueError, match=r"micro_batch_size must be an integer of at least 1, got"):
+    with pytest.raises(ValueError, match=r"micro_batch_size must be an integer of at least 1(, 'auto' or None)?, got"):
         mb.Accumulator(regressor(), mean_square, micro_batch_size=size)
 
 
@@ -626,3 +626,12 @@ def test_a_denominator_of_zero_leaves_the_other_loss_and_its_gradient() -> None:
 def test_a_bare_list_of_images_of_unlike_size_is_cut_between_them() -> None:
     images = [torch.ones(3, height, 5, dtype=torch.float64) for height in (4, 5, 6, 7)]
     assert [len(part) for part in mb.Window([images]).cut(1)] == [1, 1, 1, 1]
+
+
+def test_model_and_loss_fn_swapped_are_refused_at_once() -> None:
+    with pytest.raises(
+        ValueError, match=r"a Sequential is not: too many positional arguments. Were model and loss_fn swap"
+    ):
+        mb.Accumulator(nn.Identity(), regressor(), micro_batch_size=4)
+    with pytest.raises(ValueError, match="give the model, not its parameters"):
+        mb.Accumulator(regressor().parameters(), mean_square, micro_batch_size=4)

@@ -479,3 +479,20 @@ def test_overflows_of_a_grad_scaler_cannot_be_ignored() -> None:
     report = accumulator.run(torch.ones(4, 3))
     with pytest.raises(ValueError, match="nonfinite='ignore' would step on the overflows"):
         mb.apply_update(torch.optim.SGD(model.parameters(), lr=0.1), report, nonfinite="ignore")
+
+
+def test_without_any_gradient_nothing_is_applied() -> None:
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.5)
+    report = mb.Accumulator(model, lambda m, b: m(b).mean(), micro_batch_size=2).run(torch.ones(4, 3))
+    assert mb.apply_update(optimizer, report).applied
+    assert not mb.apply_update(optimizer, report).applied
+    assert not mb.apply_update(optimizer).applied
+
+
+def test_what_is_no_report_and_a_norm_that_is_no_number_are_refused() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    with pytest.raises(ValueError, match=r"report must be what Accumulator.run returned, got a Window"):
+        mb.apply_update(optimizer, mb.Window([]))
+    with pytest.raises(ValueError, match="max_norm must be positive, or None for no clipping, got '1'"):
+        mb.apply_update(optimizer, max_norm="1")

@@ -9,6 +9,7 @@ gradient of the sum over the effective batch. Only then are they divided, once, 
     p.grad *= 1 / (seed * total)                                   # total: over all micro-batches and ranks
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -77,6 +78,7 @@ class Accumulator:
                 f"a loss_fn takes (model, micro_batch), a {type(loss_fn).__name__} takes (outputs, targets): give "
                 "macrobatch.sum_loss(criterion), which makes it one for (inputs, targets) batches"
             )
+        _check_signature(loss_fn)
         self.model = model
         self.loss_fn = loss_fn
         self._limit = _limit(micro_batch_size, max_memory)
@@ -240,6 +242,20 @@ class Accumulator:
         return self._limit.current
 
 
+def _check_signature(loss_fn: LossFn) -> None:
+    """ValueError if `loss_fn` cannot be called with (model, micro_batch)."""
+    called = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
+    try:
+        inspect.signature(called).bind("model", "micro_batch")
+    except TypeError as error:
+        raise ValueError(
+            f"loss_fn must be callable with (model, micro_batch), and a {type(loss_fn).__name__} is not: {error}. "
+            "Were model and loss_fn swapped?"
+        ) from None
+    except ValueError:
+        pass  # some builtins have no signature
+
+
 def _limit(micro_batch_size: int | Literal["auto"] | None, max_memory: int | str | None) -> SizeLimit:
     if micro_batch_size == "auto":
         return AutoSize()
@@ -248,4 +264,6 @@ def _limit(micro_batch_size: int | Literal["auto"] | None, max_memory: int | str
             f"max_memory={max_memory!r} goes with micro_batch_size='auto', got {micro_batch_size!r}; to enforce one "
             "run inside memory_limit(...)"
         )
+    if isinstance(micro_batch_size, str):
+        raise ValueError(f"micro_batch_size must be an integer of at least 1, 'auto' or None, got {micro_batch_size!r}")
     return SizeLimit(None if micro_batch_size is None else check_size(micro_batch_size))

@@ -4,6 +4,7 @@ No work is thrown away: each window of the search is trained on like any other, 
 often not the fastest, on a CPU almost never.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from macrobatch.sizing import SizeLimit
 from macrobatch.speed import even_size, sizes_to_measure
+
+logger = logging.getLogger("macrobatch")
 
 CLOSE = 1.1  # sizes within this factor of the fastest are measured ROUNDS times: one window's time is noisy
 ROUNDS = 3
@@ -88,6 +91,7 @@ class AutoSize(SizeLimit):
         if self.seconds:
             self.start = self.current = self._best()
         self.is_found = True
+        logger.info("micro_batch_size='auto': %s, the fastest of %s", self.current, sorted(self.seconds))
 
     def _time(self, size: int) -> float:
         return median(self.seconds[size])

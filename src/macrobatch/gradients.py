@@ -37,7 +37,8 @@ def modules_of(model: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
     modules = [model] if isinstance(model, nn.Module) else list(model) if isinstance(model, Iterable) else [model]
     for module in modules:
         if not isinstance(module, nn.Module):
-            raise ValueError(f"model must be an nn.Module or a sequence of them, got a {type(module).__name__}")
+            hint = ": give the model, not its parameters" if isinstance(module, nn.Parameter) else ""
+            raise ValueError(f"model must be an nn.Module or a sequence of them, got a {type(module).__name__}{hint}")
     return modules
 
 

@@ -168,6 +168,7 @@ def _shares_storage(gradient: Tensor | None) -> bool:
 
 
 def _single_sample_message(message: str) -> str:
+    message = message.split(" Use a smaller")[0].rstrip(".")  # advice that is of no use here
     return (
         f"a single sample does not fit: {message}. What would help: recompute activations "
         "(torch.utils.checkpoint), a lower precision (autocast=torch.bfloat16), shorter or smaller samples, or a "

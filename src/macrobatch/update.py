@@ -31,12 +31,15 @@ def apply_update(
 ) -> Update:
     """The parameters have made one step along `p.grad`, or none, and all gradients are None.
 
-    No step is made, on all ranks alike, where a gradient is not finite or the loss had no terms (zero gradients would
-    still move AdamW). `max_norm` clips the norm over all optimizers together. `report` brings the GradScaler to update
-    and the ranks to agree with; without it nothing is communicated. Costs one host sync, none with
-    `nonfinite="ignore"`, which steps whatever the gradients are. The scheduler is the caller's: step it if `applied`.
+    No step is made, on all ranks alike, where a gradient is not finite, or the loss had no terms (zero gradients would
+    still move AdamW), or there is no gradient at all. `max_norm` clips the norm over all optimizers together. `report`
+    brings the GradScaler to update and the ranks to agree with; without it nothing is communicated. Costs one host
+    sync, none with `nonfinite="ignore"`, which steps whatever the gradients are. The scheduler is the caller's: step
+    it if `applied`.
     """
     optimizers = _checked(optimizer)
+    if report is not None and not isinstance(report, Report):
+        raise ValueError(f"report must be what Accumulator.run returned, got a {type(report).__name__}")
     _check_options(max_norm, nonfinite)
     if nonfinite == "ignore" and report is not None and report.scaler is not None:
         raise ValueError(
@@ -46,7 +49,8 @@ def apply_update(
     parameters = list(owned.values())  # each once: optimizers may share some
     _refuse_strangers(parameters, report)
     grad_norm = gradient_norm(parameters)
-    applied = nonfinite == "ignore" or _may_step(grad_norm, report)
+    has_gradients = any(p.grad is not None for p in parameters)
+    applied = (nonfinite == "ignore" or _may_step(grad_norm, report)) and has_gradients
     if applied:
         if max_norm is not None:
             _clip(parameters, max_norm, grad_norm)
@@ -119,7 +123,7 @@ def _checked(optimizer: Any) -> list[Optimizer]:
 
 
 def _check_options(max_norm: float | None, nonfinite: str) -> None:
-    if max_norm is not None and not max_norm > 0:
-        raise ValueError(f"max_norm must be positive, or None for no clipping, got {max_norm}")
+    if max_norm is not None and not (isinstance(max_norm, int | float) and max_norm > 0):
+        raise ValueError(f"max_norm must be positive, or None for no clipping, got {max_norm!r}")
     if nonfinite not in ("skip", "ignore"):
         raise ValueError(f"nonfinite must be 'skip' or 'ignore', got {nonfinite!r}")
