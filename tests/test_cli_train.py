@@ -16,6 +16,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import macrobatch as mb
 from macrobatch.cli import app
 from macrobatch.tasks import load_task
 
@@ -214,8 +215,9 @@ def test_an_empty_folder_is_used_as_it_is(tmp_path: Path) -> None:
 def test_a_model_beyond_the_budget_ends_in_a_line_that_says_what_to_change(tmp_path: Path) -> None:
     options = [*LINE, "--task-option", "hidden=1000", "--batch-size", "40", "--micro-batch-size", "4", "--steps", "2"]
     said = run(*options, "--max-memory", "30KB", "--output", tmp_path / "small", code=2)
-    assert "error: out of memory in update 1: micro-batches of 4 do not fit into the budget of 30,000 bytes; " in said
-    assert "give a smaller --micro-batch-size (the same gradient) or more --max-memory" in said
+    assert "error: out of memory in update 1: not even one sample at a time fits into the budget of 30.0 kB; " in said
+    assert "give more --max-memory or a smaller model" in said
+    assert "--micro-batch-size" not in said  # it was halved down to one sample already
     assert summary(tmp_path / "small")["outcome"] == "out of memory at update 0"
     assert set(weights(tmp_path / "small")) == set(load_task("own_tasks:line", hidden=3).model.state_dict())
     # The control: with more of it, it trains, and stays within.
@@ -264,11 +266,31 @@ def test_what_was_predicted_is_shown_beside_what_was_measured(tmp_path: Path) ->
 
 
 def test_the_data_set_takes_nothing_from_the_budget(tmp_path: Path) -> None:
-    options = [*TINY_LM, "--batch-size", "8", "--micro-batch-size", "2", "--steps", "2", "--device", "cpu"]
-    run(*options, "--max-memory", "4MB", "--output", tmp_path / "run")
-    data = load_task("code-lm").train
-    assert data[0].untyped_storage().nbytes() > 4_000_000  # the control: counted, it would not fit
+    options = ["--batch-size", "16", "--micro-batch-size", "4", "--steps", "2", "--device", "cpu"]
+    run(*options, "--max-memory", "9MB", "--output", tmp_path / "run")
     assert summary(tmp_path / "run")["retries"] == 0
+    assert load_task("code-lm").train.num_bytes > 9_000_000  # type: ignore[attr-defined]  # counted, it would not fit
+
+
+@pytest.mark.parametrize("name", ["code-lm", "digits"])
+def test_a_sample_of_a_built_in_task_keeps_only_itself_in_memory(name: str) -> None:
+    task = load_task(name)
+    sample = task.train[5]
+    tensors = [sample] if isinstance(sample, torch.Tensor) else list(sample)
+    assert [t.untyped_storage().nbytes() for t in tensors] == [t.nbytes for t in tensors]
+
+    def collate() -> None:
+        task.collate([task.train[index] for index in range(4)])
+
+    assert mb.peak_memory(collate) <= 3 * 4 * sum(t.nbytes for t in tensors)
+
+
+def test_an_optimizer_whose_state_does_not_fit_is_named(tmp_path: Path) -> None:
+    options = ["--batch-size", "1", "--micro-batch-size", "1", "--steps", "1", "--device", "cpu"]
+    sizes = ["d_model=128", "context=8"]
+    given = [part for size in sizes for part in ("--task-option", size)]
+    said = run(*options, *given, "--max-memory", "4.5MB", "--output", tmp_path / "run", code=2)
+    assert "the optimizer's state does not fit into the budget of 4.50 MB; give more --max-memory" in said
 
 
 def test_micro_batches_that_did_not_fit_are_told_of(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from macrobatch.auto_size import refuse_coupled
 from macrobatch.budget import budget_bytes
 from macrobatch.cli import setup
 from macrobatch.cli.forecast import coupling_layer, sample_batch
+from macrobatch.cli.formats import bytes_text
 from macrobatch.cli.memory_use import MemoryUse
 from macrobatch.cli.sampling import UpdateIndices, update_sizes
 from macrobatch.planning import Plan, plan
@@ -81,6 +82,7 @@ class Run:
         with MemoryUse(self.device, self.max_memory):
             pass  # a budget that cannot be kept is refused here, before there is anything to lose
         self.updates = self.applied = self.samples = self.retries = 0
+        self.has_gradient = False  # of the update at hand: from then on it is the optimizer that needs memory
 
     @property
     def micro_batch_size(self) -> int:
@@ -113,7 +115,9 @@ class Run:
         """One update is made, or skipped where the gradient was not finite; its row for the log, times in seconds."""
         started = time.perf_counter()
         learning_rate = self.optimizer.param_groups[0]["lr"]
+        self.has_gradient = False
         report = self.accumulator.run(window)
+        self.has_gradient = True
         update = apply_update(self.optimizer, report, max_norm=self.options.max_norm)
         if update.applied:
             self.scheduler.step()
@@ -144,15 +148,14 @@ class Run:
             yield from (value for value in state.values() if isinstance(value, Tensor))
 
     def too_large(self) -> str:
-        """What to say when the memory was not enough: what was tried, and what to change."""
-        limit = self.max_memory
-        budget = "the device's memory" if limit is None else f"the budget of {limit:,} bytes"
-        change = "a smaller model" if self.micro_batch_size == 1 else "a smaller --micro-batch-size (the same gradient)"
-        more = "" if limit is None else " or more --max-memory"
-        return (
-            f"out of memory in update {self.updates + 1}: micro-batches of {self.micro_batch_size} do not fit into "
-            f"{budget}; give {change}{more}"
-        )
+        """What to say when the memory was not enough: what did not fit, and what to change.
+
+        A micro-batch that fails is halved until it is one sample, so a smaller --micro-batch-size is never the remedy.
+        """
+        budget = "the device" if self.max_memory is None else f"the budget of {bytes_text(self.max_memory)}"
+        what = "the optimizer's state does not fit" if self.has_gradient else "not even one sample at a time fits"
+        more = "" if self.max_memory is None else "more --max-memory or "
+        return f"out of memory in update {self.updates + 1}: {what} into {budget}; give {more}a smaller model"
 
 
 def _batch_size(task: Task, options: TrainOptions, data_size: int) -> int:

@@ -4,6 +4,7 @@ import hashlib
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,13 +55,16 @@ def code_lm(
 
 # ------------------------------------------------------------------------------------------------ the data
 class ByteContexts(Dataset[Tensor]):
-    """Consecutive pieces of a text: sample i has shape (context + 1,), uint8, and starts where sample i - 1 ended."""
+    """Consecutive pieces of a text: sample i has shape (context + 1,), uint8, and starts where sample i - 1 ended.
+
+    Each sample is a copy: a view would count as the whole text wherever the memory of tensors is measured or limited.
+    """
 
     def __init__(self, text: bytes, context: int) -> None:
         # One byte more than the context: inputs are the first `context` bytes, targets the last.
         self.context = context
         self.num_bytes = len(text)
-        self._bytes = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0)
+        self._bytes = np.frombuffer(text, dtype=np.uint8)
 
     def __len__(self) -> int:
         return max(self.num_bytes - 1, 0) // self.context
@@ -69,7 +73,7 @@ class ByteContexts(Dataset[Tensor]):
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         start = index * self.context
-        return self._bytes[start : start + self.context + 1]
+        return torch.from_numpy(self._bytes[start : start + self.context + 1].copy())
 
 
 def source_files(root: Path) -> list[Path]:

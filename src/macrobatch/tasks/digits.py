@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset
 
 from macrobatch.tasks.task import SumAndCount, Task
 
@@ -25,8 +25,8 @@ def digits(*, width: int = 16, momentum: float = 0.9, validation_share: float = 
         name="digits",
         model=_conv_net(width),
         loss_fn=label_loss,
-        train=TensorDataset(images[rest], labels[rest]),
-        validation=TensorDataset(images[held_out], labels[held_out]),
+        train=LabelledImages(images[rest], labels[rest]),
+        validation=LabelledImages(images[held_out], labels[held_out]),
         make_optimizer=lambda model, lr: SGD(model.parameters(), lr=lr, momentum=momentum),
         learning_rate=0.05,
         base_batch_size=64,
@@ -37,6 +37,19 @@ def digits(*, width: int = 16, momentum: float = 0.9, validation_share: float = 
             f"{len(rest)} images to train, {len(held_out)} for validation"
         ),
     )
+
+
+class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
+    """Images (N, 1, 8, 8) and their labels (N,): sample i is a copy of each, so that no other sample is kept with it."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self._images, self._labels = images.numpy(), labels.numpy()
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(self._images[index].copy()), torch.tensor(self._labels[index])
 
 
 def _load_images() -> tuple[Tensor, Tensor]:
