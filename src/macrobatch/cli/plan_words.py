@@ -1,6 +1,7 @@
 """A plan on the terminal: two tables, a bar for each kind of memory, and what stands behind the numbers in words."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from rich.bar import Bar
 from rich.table import Table
@@ -17,7 +18,8 @@ def choices(plan: Plan) -> dict[str, Choice]:
     if plan.fastest is None:
         return {"largest": plan.largest}
     if plan.fastest.accumulation_steps == plan.largest.accumulation_steps:
-        return {"largest and fastest": plan.fastest}
+        # The same window: cut evenly, its micro-batches may be smaller than the largest that fit.
+        return {"largest and fastest": replace(plan.largest, seconds_per_update=plan.fastest.seconds_per_update)}
     return {"largest": plan.largest, "fastest": plan.fastest}
 
 
