@@ -17,7 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 import macrobatch as mb
-from macrobatch.cli import app
+from macrobatch.cli import app, plots
 from macrobatch.tasks import load_task
 
 TINY_LM = [
@@ -158,7 +158,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_does_not_move_the_schedule(
         assert rates[bad + 1] == rates[bad]
     assert len(set(rates)) == len(rates) - (bad + 1 < len(log))
     assert summary(folder)["updates_applied"] == len(log) - 1
-    assert "1 updates skipped" in said
+    assert "; 1 update skipped: the gradient was not finite" in said
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_micro_batches_that_did_not_fit_are_told_of(tmp_path: Path) -> None:
     retries = [row["retries"] for row in rows(tmp_path / "run")]
     assert retries[0] > 0
     assert summary(tmp_path / "run")["retries"] == sum(retries)
-    assert f"{sum(retries)} micro-batches did not fit and were run again in smaller pieces" in said
+    assert f"; out of memory {sum(retries)} times: run again in smaller pieces" in said
 
 
 def test_a_budget_can_be_a_share_of_what_the_device_has(tmp_path: Path) -> None:
@@ -313,15 +313,15 @@ def test_a_budget_can_be_a_share_of_what_the_device_has(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--batch-size", "0"], "--batch-size"),
-        (["--batch-size", "many"], "--batch-size"),
+        (["--batch-size", "0"], "'--batch-size': a whole number of at least 1 is needed; got 0"),
+        (["--batch-size", "many"], "a whole number of at least 1 is needed; got many"),
         (["--micro-batch-size", "0"], "at least 1, is needed; got '0'"),
         (["--micro-batch-size", "-3"], "at least 1, is needed; got '-3'"),
         (["--task", "digits", "--micro-batch-size", "auto"], "error: micro_batch_size='auto' would change the result"),
         (["--max-memory", "20B"], "error: max_memory=20 B is less than the model's own state"),
         (["--max-memory", "200B"], "error: one sample does not fit into max_memory=200 B"),
         (["--max-memory", "200%"], "error: max_memory='200%': a share of what the device has is above 0%"),
-        (["--schedule", "zigzag"], "'zigzag' is not one of 'constant', 'linear', 'cosine'"),
+        (["--schedule", "zigzag"], "'--schedule': 'zigzag' is not one of 'constant', 'linear', 'cosine'"),
         (["--precision", "fp8"], "'fp8' is not one of 'fp32', 'bf16', 'fp16'"),
         (["--scaling", "cubic"], "'cubic' is not one of 'none', 'linear', 'sqrt'"),
         (["--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
@@ -331,7 +331,7 @@ def test_a_budget_can_be_a_share_of_what_the_device_has(tmp_path: Path) -> None:
         (["--max-memory", "lots"], "'lots' is not a number of bytes"),
         (["--max-memory", "900TB"], "error: max_memory=900.00 TB is beyond the device"),
         (["--task-option", "size"], "a task option is written name=value"),
-        (["--warmup", "-1"], "--warmup"),
+        (["--warmup", "-1"], "'--warmup': a whole number of at least 0 is needed; got -1"),
         (["--task", "cats"], "error: there is no task 'cats'. Built-in tasks: code-lm, digits"),
         (["--task", "no_such_module:f"], "error: cannot import 'no_such_module'"),
         (["--task-option", "colour=red"], "error: task 'own_tasks:line' has no option 'colour'; its options: size"),
@@ -356,6 +356,21 @@ def test_a_mistake_is_named_before_any_work_and_leaves_nothing(
 def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
     said = run(*LINE, "--device", "cuda", "--output", tmp_path / "run", code=2)
     assert "error: --device cuda: torch sees no CUDA device here; use --device cpu, or auto" in said
+
+
+def test_the_learning_rate_of_the_plot_lies_below_its_top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "thousands", drawn.append)
+    plots.save_training(tmp_path, [{"samples": n, "loss": 1.0, "lr": 0.002} for n in (1, 2, 3)], "task")
+    low, high = drawn[0].get_ylim()
+    assert low == 0
+    assert 0.0021 < high < 0.003
+
+
+def test_one_update_is_told_of_in_the_singular(tmp_path: Path) -> None:
+    said = run(*LINE, "--steps", 1, "--output", tmp_path / "run")
+    assert "1 update of 8 samples" in said
+    assert "1 updates" not in said
 
 
 def test_an_output_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -411,7 +426,8 @@ def test_ctrl_c_keeps_what_is_done_and_ends_with_130(tmp_path: Path) -> None:
     assert summary(folder)["validation_loss"] is None
     assert set(weights(folder)) == {"weight", "bias"}
     assert (folder / "loss.png").exists()
-    assert f"interrupted at update {len(done)}: {len(done)} of 100000 updates" in said
+    assert "stopping after this update; Ctrl-C again to stop now (without plot and weights)" in said
+    assert f"interrupted at update {len(done)}: {len(done)} of 100,000 updates" in said
     assert "Traceback" not in said
 
 

@@ -230,6 +230,20 @@ def test_at_the_sizes_of_the_demo_accumulation_needs_less_than_a_fifth_of_the_me
     assert small > 4 * 4 * sum(p.numel() for p in task.model.parameters())
 
 
+def test_a_comparison_that_fails_while_it_is_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    options = ["--task", "own_tasks:line", "--batch-size", "8", "--micro-batch-size", "4", "--samples", "8"]
+    with monkeypatch.context() as patched:
+        patched.setattr("macrobatch.cli.compare.page", interrupted)
+        said = run(*options, "--device", "cpu", "--output", tmp_path / "run", code=130)
+    assert "interrupted: nothing was written" in said
+    assert not (tmp_path / "run").exists()
+
+
 # ---- measurements against brute force
 
 

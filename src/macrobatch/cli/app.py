@@ -1,12 +1,14 @@
 """The commands and their options: what is asked for is checked here, before any work."""
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from macrobatch.cli import setup
 from macrobatch.cli.errors import short_errors
@@ -40,6 +42,33 @@ def _memory(text: str) -> int | str:
         raise typer.BadParameter(str(error)) from None
 
 
+def _at_least(least: int) -> Callable[[Any], int]:
+    def number(text: Any) -> int:
+        with suppress(ValueError):
+            if int(text) >= least:
+                return int(text)
+        raise typer.BadParameter(f"a whole number of at least {least} is needed; got {text}")
+
+    return number
+
+
+def _one_of(kind: Any) -> Callable[[str], str]:
+    def choice(text: str) -> str:
+        if text in get_args(kind):
+            return text
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(map(repr, get_args(kind)))}")
+
+    return choice
+
+
+def _choice(kind: Any, help_text: str) -> Any:
+    return typer.Option(parser=_one_of(kind), metavar="|".join(get_args(kind)), help=help_text)
+
+
+def _count(least: int, help_text: str) -> Any:
+    return typer.Option(parser=_at_least(least), metavar="N", help=help_text)
+
+
 def _above_zero(text: str) -> float:
     with suppress(ValueError):
         if 0 < float(text) < float("inf"):
@@ -62,18 +91,18 @@ TaskOptions = Annotated[
     list[Any] | None,
     typer.Option("--task-option", parser=_task_option, metavar="NAME=VALUE", help="An option of the task; repeatable."),
 ]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Samples in an update: the effective batch.  [the task's]")]
+BatchSize = Annotated[int | None, _count(1, "Samples in an update: the effective batch.  [the task's]")]
 MaxMemory = Annotated[
     Any,
     typer.Option(parser=_memory, metavar="BYTES", help="The most memory for tensors, such as 6GB, 500MB or 80%."),
 ]
-PrecisionName = Annotated[setup.Precision, typer.Option(help="Of matrix products; weights stay fp32.")]
+PrecisionName = Annotated[setup.Precision, _choice(setup.Precision, "Of matrix products; weights stay fp32.")]
 LearningRate = Annotated[
     float | None, typer.Option("--lr", parser=_above_zero, metavar="RATE", help="Learning rate.  [the task's]")
 ]
-Samples = Annotated[int | None, typer.Option(min=1, help="Train on this many samples.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of initial weights and of the order of samples.")]
-DeviceName = Annotated[setup.Device, typer.Option(help="Where to compute.")]
+Samples = Annotated[int | None, _count(1, "Train on this many samples.")]
+Seed = Annotated[int, _count(0, "Of initial weights and of the order of samples.")]
+DeviceName = Annotated[setup.Device, _choice(setup.Device, "Where to compute.")]
 Output = Annotated[
     Path | None,
     typer.Option(help="A new folder for the results; if it holds something, NAME-2 and so on.  [runs/TASK]"),
@@ -93,16 +122,14 @@ def train(
     ] = None,
     max_memory: MaxMemory = None,
     lr: LearningRate = None,
-    base_batch_size: Annotated[
-        int | None, typer.Option(min=1, help="The batch size that the learning rate was tuned for.")
-    ] = None,
+    base_batch_size: Annotated[int | None, _count(1, "The batch size that the learning rate was tuned for.")] = None,
     scaling: Annotated[
-        setup.Scaling, typer.Option(help="Learning rate by batch size ratio: linear for SGD, sqrt for Adam.")
+        setup.Scaling, _choice(setup.Scaling, "Learning rate by batch size ratio: linear for SGD, sqrt for Adam.")
     ] = "none",
-    schedule: Annotated[setup.Schedule, typer.Option(help="Learning rate over the run.")] = "constant",
-    warmup: Annotated[int, typer.Option(min=0, help="Updates in which the learning rate rises to its value.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Train for this many updates.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data.  [1]")] = None,
+    schedule: Annotated[setup.Schedule, _choice(setup.Schedule, "Learning rate over the run.")] = "constant",
+    warmup: Annotated[int, _count(0, "Updates in which the learning rate rises to its value.")] = 0,
+    steps: Annotated[int | None, _count(1, "Train for this many updates.")] = None,
+    epochs: Annotated[int | None, _count(1, "Passes over the data.  [1]")] = None,
     samples: Samples = None,
     max_norm: Annotated[
         float | None, typer.Option(parser=_above_zero, metavar="NORM", help="Clip the gradient of the update to this.")
@@ -151,7 +178,7 @@ def compare(
     max_memory: MaxMemory = None,
     lr: LearningRate = None,
     samples: Samples = 8192,
-    draws: Annotated[int, typer.Option(min=64, help="Gradients drawn to measure their variance.")] = 64,
+    draws: Annotated[int, _count(64, "Gradients drawn to measure their variance.")] = 64,
     device: DeviceName = "auto",
     seed: Seed = 0,
     output: Output = None,
@@ -204,11 +231,14 @@ def _command(wanted: Path) -> Iterator[tuple[Console, Path]]:
     console, mistakes = Console(highlight=False), Console(stderr=True, highlight=False)
     with short_errors(mistakes):
         folder = new_folder(wanted)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
         try:
             yield console, folder
         except KeyboardInterrupt:
-            mistakes.print("interrupted; what is not in the output folder is lost")
+            kept = f"what was written is in {folder}" if any(folder.iterdir()) else "nothing was written"
+            mistakes.print(f"interrupted: {escape(kept)}", soft_wrap=True)
             raise typer.Exit(130) from None
         finally:
+            signal.signal(signal.SIGTERM, before)
             with suppress(OSError):
                 folder.rmdir()  # only if nothing was written

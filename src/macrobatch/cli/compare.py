@@ -22,7 +22,7 @@ from macrobatch.cli.measure import GradientMeter, GradientStatistics, MemoryProb
 from macrobatch.cli.progress import Progress, say
 from macrobatch.cli.race import Racer, race, validation_points
 from macrobatch.cli.report import page, terminal_table
-from macrobatch.cli.runfiles import write_json, write_text
+from macrobatch.cli.runfiles import all_or_nothing, write_json, write_text
 from macrobatch.cli.sampling import UpdateIndices, take, update_sizes
 from macrobatch.cli.validation import validation_batches
 from macrobatch.cli.words import findings
@@ -162,9 +162,10 @@ def compare(task: Task, options: CompareOptions, folder: Path, console: Console)
         say(console, line)
     comparison = measure(comparer, console)
     said = findings(comparison)
-    write_json(folder / "compare.json", {**asdict(comparison), "findings": [asdict(each) for each in said]})
-    save_main_picture(folder / "compare.png", comparison)
-    write_text(folder / "report.html", page(comparison, said))
+    with all_or_nothing(folder):
+        write_json(folder / "compare.json", {**asdict(comparison), "findings": [asdict(each) for each in said]})
+        save_main_picture(folder / "compare.png", comparison)
+        write_text(folder / "report.html", page(comparison, said))
     console.print(terminal_table(comparison))
     for finding in said:
         console.print(f"\n[bold]{escape(finding.title)}.[/]\n{escape(finding.text)}")

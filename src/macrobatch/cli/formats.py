@@ -19,6 +19,15 @@ def bytes_text(num_bytes: float | None) -> str:
     return f"{num_bytes:.0f} B"
 
 
+def counted(number: int, thing: str) -> str:
+    """A number of things, the thing in the plural but for one.
+
+    >>> counted(1, "update"), counted(2000, "update")
+    ('1 update', '2,000 updates')
+    """
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def duration_text(seconds: float) -> str:
     """Minutes and seconds, hours where there are any.
 

@@ -1,15 +1,22 @@
 """Ctrl-C as a wish that is granted between two updates, so that parameters and files are never left half done."""
 
 import signal
+from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
 
 class CtrlC:
-    """A context in which the first Ctrl-C (or SIGTERM) only sets `wanted`; the second one interrupts as usual."""
+    """A context in which the first Ctrl-C (or SIGTERM) only sets `wanted`; the second one interrupts as usual.
 
-    def __init__(self) -> None:
+    The first one is answered at once, by `say`: after `at_hand`, what is going on, it will stop.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
         self.wanted = False
+        self.at_hand = "this update"
+        self._say = say
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "CtrlC":
@@ -25,6 +32,8 @@ class CtrlC:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.wanted = True
         self._put_back()
+        with suppress(RuntimeError):  # the signal came in the middle of a write to the same stream
+            self._say(f"stopping after {self.at_hand}; Ctrl-C again to stop now (without plot and weights)")
 
     def _put_back(self) -> None:
         for number, handler in self._before.items():

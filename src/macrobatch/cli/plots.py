@@ -48,7 +48,7 @@ def save_training(folder: Path, rows: Sequence[Mapping[str, Any]], task_name: st
         loss_axes.set(title=f"{task_name}: training loss", ylabel="loss")
         rate_axes.plot(samples, [row["lr"] for row in rows], color="#d55e00", marker=marker)
         rate_axes.set(xlabel="samples", ylabel="learning rate")
-        rate_axes.set_ylim(bottom=0)
+        rate_axes.set_ylim(0, 1.1 * max(row["lr"] for row in rows) or 1)  # a constant rate lies well below the top
         thousands(rate_axes)
         for suffix in ("svg", "png"):
             figure.savefig(folder / f"loss.{suffix}", dpi=144)

@@ -4,7 +4,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,6 +35,17 @@ def new_folder(wanted: Path) -> Path:
             f"cannot write to the output folder {folder} ({error.strerror or error}); choose another with --output"
         ) from None
     return folder
+
+
+@contextmanager
+def all_or_nothing(folder: Path) -> Iterator[None]:
+    """If what is done in the context fails or is interrupted, no file is left in `folder`: half a result is none."""
+    try:
+        yield
+    except BaseException:
+        for path in folder.iterdir():
+            path.unlink()
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

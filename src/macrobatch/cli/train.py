@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from macrobatch.cli import plots
 from macrobatch.cli.forecast import Forecast, prediction_line
-from macrobatch.cli.formats import bytes_text, duration_text, number_text
+from macrobatch.cli.formats import bytes_text, counted, duration_text, number_text
 from macrobatch.cli.interrupt import CtrlC
 from macrobatch.cli.memory_use import MemoryUse, uncounted
 from macrobatch.cli.progress import Progress, say
@@ -48,7 +48,7 @@ def train(run: Run, folder: Path, console: Console) -> int:
         say(console, line)
     rows: list[dict[str, Any]] = []
     memory = MemoryUse(run.device, run.max_memory)
-    with CtrlC() as ctrl_c:
+    with CtrlC(lambda text: say(console, text)) as ctrl_c:
         with UpdateLog(folder) as log:
             started = time.monotonic()
             outcome = _all_updates(run, log, rows, ctrl_c, memory, console)
@@ -114,6 +114,7 @@ def _predicted(run: Run, rows: list[dict[str, Any]]) -> tuple[Memory | None, dic
 
 def _validate(run: Run, log: UpdateLog, ctrl_c: CtrlC, console: Console) -> Validation:
     console.print("validating")
+    ctrl_c.at_hand = "this micro-batch"
     batches = validation_batches(run.task, run.micro_batch_size)
     validation = validate(run.model, run.task, batches, autocast=run.autocast, stop=lambda: ctrl_c.wanted)
     log.write_validation(run.updates, {"loss": validation.loss, **validation.metrics})
@@ -125,7 +126,7 @@ def _status(run: Run, latest: list[dict[str, Any]], memory: MemoryUse) -> str:
     rate = sum(run.sizes[row["update"] - 1] for row in latest) / sum(row["seconds"] for row in latest)
     return (
         f"update {row['update']}/{len(run.sizes)}  loss {number_text(row['loss'], 4)}  lr {row['lr']:.2g}  "
-        f"{rate:.0f} samples/s  {bytes_text(memory.peak_bytes)}" + (f"  {run.retries} retries" if run.retries else "")
+        f"{rate:.0f} samples/s  {bytes_text(memory.peak_bytes)}" + (f"  {run.retries} run again" if run.retries else "")
     )
 
 
@@ -135,7 +136,7 @@ def headline(run: Run, folder: Path) -> list[str]:
     limit = "" if run.max_memory is None else f"; at most {bytes_text(run.max_memory)}"
     lines = [
         f"{run.task.name}: {run.task.description}" if run.task.description else run.task.name,
-        f"{len(run.sizes)} updates of {run.batch_size} samples, {_micro_batches_text(run)}; "
+        f"{counted(len(run.sizes), 'update')} of {counted(run.batch_size, 'sample')}, {_micro_batches_text(run)}; "
         f"{options.precision} on {run.device.type}, seed {options.seed}{limit}",
         _learning_rate_line(run),
         f"writing to {folder}",
@@ -160,7 +161,7 @@ def _micro_batches_text(run: Run) -> str:
 
 def _learning_rate_line(run: Run) -> str:
     rate, base = f"learning rate {run.learning_rate:.3g}", run.base_batch_size
-    schedule = f"{run.options.schedule} after {run.options.warmup} updates of warmup"
+    schedule = f"{run.options.schedule} after {counted(run.options.warmup, 'update')} of warmup"
     if run.options.scaling != "none":
         rate += f" ({run.options.scaling} rule: {run.base_learning_rate:.3g} at batch size {base})"
     elif base != run.batch_size:
@@ -170,13 +171,14 @@ def _learning_rate_line(run: Run) -> str:
 
 def closing(run: Run, ending: Ending, folder: Path) -> list[str]:
     """What has happened, in lines for the terminal."""
-    made = f"{run.updates} of {len(run.sizes)} updates, {run.samples} samples in {duration_text(ending.seconds)}"
+    updates, samples = counted(len(run.sizes), "update"), counted(run.samples, "sample")
+    made = f"{run.updates} of {updates}, {samples} in {duration_text(ending.seconds)}"
     skipped = run.updates - run.applied
     lines = [
         f"{_outcome_text(run, ending)}: {made}"
         + (f" ({run.samples / ending.seconds:.0f} samples/s)" if run.samples else "")
-        + (f"; {skipped} updates skipped, their gradient was not finite" if skipped else "")
-        + (f"; {run.retries} micro-batches did not fit and were run again in smaller pieces" if run.retries else "")
+        + (f"; {counted(skipped, 'update')} skipped: the gradient was not finite" if skipped else "")
+        + (f"; out of memory {counted(run.retries, 'time')}: run again in smaller pieces" if run.retries else "")
         + f"; peak memory {bytes_text(ending.memory.peak_bytes)} ({ending.memory.kind})"
     ]
     line = prediction_line(ending.predicted, ending.memory.update_peak, ending.measured_row)
@@ -186,7 +188,7 @@ def closing(run: Run, ending: Ending, folder: Path) -> list[str]:
         metrics = "".join(f", {name} {number_text(value, 4)}" for name, value in ending.validation.metrics.items())
         lines.append(
             f"validation: loss {number_text(ending.validation.loss, 4)}{metrics} "
-            f"over {ending.validation.num_samples} samples"
+            f"over {counted(ending.validation.num_samples, 'sample')}"
         )
     lines.append(f"{', '.join(sorted(path.name for path in folder.iterdir()))} in {folder}")
     return lines

@@ -40,7 +40,7 @@ def digits(*, width: int = 16, momentum: float = 0.9, validation_share: float = 
 
 
 class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
-    """Images (N, 1, 8, 8) and their labels (N,): sample i is a copy of each, so that no other sample is kept with it."""
+    """Images (N, 1, 8, 8) and their labels (N,): sample i is a copy of each, which keeps no other with it."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self._images, self._labels = images.numpy(), labels.numpy()
