@@ -147,6 +147,16 @@ def test_the_learning_rate_warms_up_and_then_follows_its_schedule(
     assert [row["lr"] / 0.01 for row in rows(tmp_path / "run")] == pytest.approx(expected)
 
 
+def test_threads_are_those_asked_for_and_afterwards_those_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    seen: list[int] = []
+    monkeypatch.setattr(plots, "thousands", lambda _: seen.append(torch.get_num_threads()))
+    run(*LINE, "--steps", 1, "--threads", before + 1, "--output", tmp_path / "run")
+    assert (seen, torch.get_num_threads()) == ([before + 1], before)
+
+
 def test_an_update_that_is_not_finite_is_skipped_and_does_not_move_the_schedule(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     said = run(*LINE, "--task-option", "bad=7", "--schedule", "linear", "--output", folder)

@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -103,6 +104,7 @@ LearningRate = Annotated[
 Samples = Annotated[int | None, _count(1, "Train on this many samples.")]
 Seed = Annotated[int, _count(0, "Of initial weights and of the order of samples.")]
 DeviceName = Annotated[setup.Device, _choice(setup.Device, "Where to compute.")]
+Threads = Annotated[int | None, _count(1, "Threads of a CPU; fewer where other programs are at work.  [torch's]")]
 Output = Annotated[
     Path | None,
     typer.Option(help="A new folder for the results; if it holds something, NAME-2 and so on.  [runs/TASK]"),
@@ -136,6 +138,7 @@ def train(
     ] = None,
     precision: PrecisionName = "fp32",
     device: DeviceName = "auto",
+    threads: Threads = None,
     seed: Seed = 0,
     output: Output = None,
 ) -> None:
@@ -160,7 +163,7 @@ def train(
         device=device,
         seed=seed,
     )
-    with _command(output or Path("runs") / _folder_name(task)) as (console, folder):
+    with _command(output or Path("runs") / _folder_name(task), threads) as (console, folder):
         run = Run(load_task(task, seed=seed, **dict(task_option or [])), options)
         code = train_run(run, folder, console)
     raise typer.Exit(code)
@@ -180,6 +183,7 @@ def compare(
     samples: Samples = 8192,
     draws: Annotated[int, _count(64, "Gradients drawn to measure their variance.")] = 64,
     device: DeviceName = "auto",
+    threads: Threads = None,
     seed: Seed = 0,
     output: Output = None,
 ) -> None:
@@ -197,7 +201,7 @@ def compare(
         device=device,
         seed=seed,
     )
-    with _command(output or Path("runs") / f"compare-{_folder_name(task)}") as (console, folder):
+    with _command(output or Path("runs") / f"compare-{_folder_name(task)}", threads) as (console, folder):
         compare_ways(load_task(task, seed=seed, **dict(task_option or [])), options, folder, console)
 
 
@@ -226,11 +230,13 @@ def _folder_name(task: str) -> str:
 
 
 @contextmanager
-def _command(wanted: Path) -> Iterator[tuple[Console, Path]]:
+def _command(wanted: Path, threads: int | None = None) -> Iterator[tuple[Console, Path]]:
     """A console and a new output folder; mistakes and Ctrl-C end in a line and an exit code; no empty folder stays."""
     console, mistakes = Console(highlight=False), Console(stderr=True, highlight=False)
     with short_errors(mistakes):
         folder = new_folder(wanted)
+        threads_before = torch.get_num_threads()
+        torch.set_num_threads(threads or threads_before)
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
         try:
             yield console, folder
@@ -240,5 +246,6 @@ def _command(wanted: Path) -> Iterator[tuple[Console, Path]]:
             raise typer.Exit(130) from None
         finally:
             signal.signal(signal.SIGTERM, before)
+            torch.set_num_threads(threads_before)
             with suppress(OSError):
                 folder.rmdir()  # only if nothing was written

@@ -17,7 +17,7 @@ from macrobatch.cli import setup
 from macrobatch.cli.comparison import Comparison, Key, Memory, Result, Way, three_ways
 from macrobatch.cli.figures import save_main_picture
 from macrobatch.cli.forecast import Forecast, sample_batch
-from macrobatch.cli.formats import bytes_text
+from macrobatch.cli.formats import bytes_text, duration_text
 from macrobatch.cli.measure import GradientMeter, GradientStatistics, MemoryProbe, sizes_between
 from macrobatch.cli.progress import Progress, say
 from macrobatch.cli.race import Racer, race, validation_points
@@ -112,6 +112,13 @@ class Comparer:
         training = len(ways) * (self.samples + (len(self.points) + 1) * self.validation_work)
         return probing + training + self.options.draws * self._drawn(any(way.key == "native" for way in ways))
 
+    def seconds(self) -> float:
+        """What all of it takes at the present speed, by one micro-batch after another one that warms up."""
+        racer = Racer(self.task, self.ways[0], self.learning_rate, self.device)
+        for _ in range(2):
+            racer.train_on(take(self.task.train, range(self.micro_batch_size)))
+        return self.work(self.ways) * racer.course().window_seconds[-1] / self.micro_batch_size
+
     def _drawn(self, native: bool) -> int:
         return sum(self.sizes) + native * self.batch_size
 
@@ -185,6 +192,8 @@ def headline(comparer: Comparer, folder: Path) -> list[str]:
             f"  {way.name}: updates of {way.update_size}, {way.micro_batch_size} in memory at once"
             for way in comparer.ways
         ),
+        f"about {duration_text(comparer.seconds())} (minutes:seconds) at the present speed on "
+        f"{_device_text(comparer.device)}; other programs at work slow it down",
         f"writing to {folder}",
     ]
 

@@ -7,7 +7,8 @@ from macrobatch.cli.formats import bytes_text, number_text, seconds_text, with_e
 
 CLEAR = 3.0  # standard errors beyond which a difference is taken for real
 EQUAL_LOSS = 0.01  # validation losses closer than this are called equal
-EQUAL_TIME = 0.03  # time ratios closer to one than this are called equal: a machine's own moods are larger
+EQUAL_TIME = 0.03  # time ratios closer to one than this are called equal, if they are known as closely
+WIDE = 0.15  # a time ratio whose uncertainty is larger, relative to it, says nothing
 
 
 @dataclass(frozen=True)
@@ -135,34 +136,26 @@ def small_batch(comparison: Comparison) -> Finding | None:
             if at_equal_updates is None
             else f" (after its first {len(large.update_seconds):,} it stood at {at_equal_updates:.3f})"
         )
-        reason = f"{after}, and at an equal learning rate an update of either moves about as far along the gradient. "
-        return Finding(title, losses + updates + reason + _worth(comparison) + _advice(comparison))
+        return Finding(title, f"{losses}{updates}{after}. {_worth(comparison)}{_advice(comparison)}")
     title = "From the same samples at the same learning rate, the large batch learned better"
-    reason = ", but this learning rate is too large for its noise: a smaller one may help it. "
+    reason = ", which suggests that this learning rate is large for its noise. "
     return Finding(title, losses + updates + reason + _worth(comparison))
 
 
 def _worth(comparison: Comparison) -> str:
-    """What one update of the large batch is worth in updates of the small one, by the gradient noise scale."""
+    """What the gradient noise scale suggests that an update of the large batch is worth in updates of the small one."""
     scale, small, large = comparison.noise_scale, comparison.micro_batch_size, comparison.batch_size
     if comparison.gradient_squared.value <= 0 or not is_clear(comparison.gradient_squared):
         return (
-            f"The mean gradient is lost in the noise of {comparison.draws} draws of {large} samples: the gradient "
-            "noise scale is far above the batch sizes here. "
+            f"The mean gradient is lost in the noise of {comparison.draws} draws of {large} samples, so the gradient "
+            "noise scale is not known. "
         )
     gain = (large / small) * (scale.value + small) / (scale.value + large)  # Johnson et al. 2020; docs/glossary.md
-    share = gain * small / large
-    if share > 0.8:
-        verdict = "so with a learning rate of its own the large batch could nearly keep up. "
-    elif share < 0.5:
-        verdict = "so even with a learning rate of its own the large batch would fall behind. "
-    else:
-        verdict = "so a learning rate of its own would make up for part of it. "
     return (
-        "The gradient noise scale, the batch size at which noise and gradient are equally large, is about "
-        f"{number_text(scale.value, 2)} samples where accumulation ended: there one update of {large}, each with its "
-        f"best learning rate, is worth {gain:.1f} updates of {small} and costs the samples of {large / small:.3g}, "
-        f"{verdict}"
+        "The gradient noise scale, the batch size at which noise and gradient are equally large, is "
+        f"{with_error(scale.value, scale.standard_error)} samples where accumulation ended. This suggests that there "
+        f"one update of {large}, each with its best learning rate, is worth about {gain:.1f} updates of {small}, at "
+        f"the cost of {large / small:.3g}. "
     )
 
 
@@ -225,18 +218,28 @@ def speed(comparison: Comparison) -> Finding | None:
     )
     if native is None:
         return Finding("Speed: the native large batch was not timed", text)
-    ratio = time_ratio(accumulated, native)
-    measured = with_error(ratio.value, ratio.standard_error)
-    return Finding(
-        _speed_title(ratio), f"{text} Its time over that of the native batch, for the same samples: {measured}."
+    paired, of_medians = time_ratio(accumulated, native), native.samples_per_second / accumulated.samples_per_second
+    measured = with_error(paired.value, paired.standard_error)
+    text += (
+        f" Its time over that of the native batch is {measured} by pairs of effective batches and {of_medians:.2f} by "
+        "the medians of the table."
     )
+    return _speed_finding(paired, of_medians, text)
 
 
-def _speed_title(ratio: Estimate) -> str:
-    if abs(ratio.value - 1) <= EQUAL_TIME or not is_clear(ratio, 1.0):
-        return "Accumulation and the native batch took the same time for the same samples"
-    return (
-        f"Accumulation took {ratio.value:.2f} times as long as the native batch for the same samples, on this machine"
+def _speed_finding(paired: Estimate, of_medians: float, text: str) -> Finding:
+    """Words that both estimates of the same ratio agree to, or none."""
+    spread = CLEAR * paired.standard_error
+    agree = abs(paired.value - of_medians) <= max(spread, EQUAL_TIME)
+    if agree and spread <= EQUAL_TIME and max(abs(paired.value - 1), abs(of_medians - 1)) <= EQUAL_TIME:
+        return Finding("Accumulation and the native batch took the same time for the same samples", text)
+    if agree and spread <= WIDE * paired.value and is_clear(paired, 1.0) and (paired.value > 1) == (of_medians > 1):
+        title = f"Accumulation took {paired.value:.2f} times as long as the native batch for the same samples"
+        return Finding(f"{title}, on this machine", text)
+    return Finding(
+        "Timings on this machine were too noisy to compare accumulation and the native batch",
+        f"{text} Speeds in the table and the figures are no more certain than that; "
+        "other programs at work, or too few samples, make them so.",
     )
 
 
