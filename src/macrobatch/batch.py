@@ -87,6 +87,11 @@ class Window:
             pass
         return self
 
+    @property
+    def is_filled(self) -> bool:
+        """Whether every micro-batch was drawn from the source, so that sizes cost nothing."""
+        return self._source is None
+
     def _draw(self) -> bool:
         if self._failure:  # a generator that raised is at its end, and the window would look complete
             raise RuntimeError(f"the window is incomplete, because drawing a micro-batch failed: {self._failure}")

@@ -207,6 +207,8 @@ def refuse_step_hooks(parameters: Sequence[nn.Parameter], modules: Sequence[nn.M
 
 def multiply_(gradients: Sequence[Tensor], factor: float | Tensor) -> None:
     """Each gradient is multiplied in place by `factor` (a number, or of shape ()): one call per device."""
+    if isinstance(factor, float) and factor == 1.0:
+        return
     for g in gradients:
         if g.is_sparse:
             g.mul_(factor)

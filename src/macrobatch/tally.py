@@ -56,9 +56,12 @@ class Tally:
         ]
         summed = ranks.sum(torch.stack(parts)).unbind() if ranks.size > 1 else parts
         *columns, weight, num_samples = summed
-        return Totals(
-            dict(zip(names, columns, strict=True)), weight, sum(self.sizes) if ranks.size == 1 else num_samples
-        )
+        alone = ranks.size == 1
+        known_weight = None
+        if alone and not any(isinstance(w, Tensor) for w in self.weights):
+            known_weight = math.fsum(w for w in self.weights if not isinstance(w, Tensor))
+        by_name = dict(zip(names, columns, strict=True))
+        return Totals(by_name, weight, known_weight, sum(self.sizes) if alone else num_samples)
 
 
 def _kept(value: Count) -> Count:
@@ -71,10 +74,11 @@ def _kept(value: Count) -> Count:
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over the effective batch; every tensor has shape ()."""
+    """Sums over the effective batch; every tensor has shape (). `known_weight`: the weight, where it took no tensor."""
 
     columns: dict[str, Tensor]
     weight: Tensor
+    known_weight: float | None
     num_samples: int | Tensor
 
     def kind(self, kind: str) -> dict[str, Tensor]:
@@ -128,9 +132,10 @@ def denominator(name: str, totals: Mapping[str, Tensor]) -> Tensor:
     raise ValueError(f"the loss {name!r} has no count: count= gave {sorted(totals)}, the loss_fn must use these names")
 
 
-def ratio(numerator: float | Tensor, divisor: Tensor) -> float | Tensor:
+def ratio(numerator: float | Tensor, divisor: Count) -> float | Tensor:
     """`numerator / divisor`, 0 where the divisor is 0; as a number where reading it costs no sync."""
     value = known(divisor)
     if value is not None and not isinstance(numerator, Tensor):
         return numerator / value if value else 0.0
-    return torch.where(divisor != 0, numerator / divisor, 0.0)
+    divisor = torch.as_tensor(divisor)
+    return torch.as_tensor(numerator / divisor).where(divisor != 0, 0.0)

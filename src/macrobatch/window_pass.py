@@ -67,11 +67,15 @@ class WindowPass:
         self._tally = Tally()
         self._counts: dict[str, Tensor] | None = None
         self._seeds: dict[Any, Tensor] = {}
+        self._num_samples = 0  # of the effective batch, where known beforehand
+        self._unit = 0.0  # what one term counts for in the seeds, from the first backward on
         self._strays: StrayLeaves | None = None
 
     def count(self, window: Window) -> None:
-        """With `count=`, every denominator is known from here on."""
+        """With `count=`, every denominator is known from here on; else perhaps the number of samples."""
         count = self.recipe.count
+        if count is None and window.is_filled and self.ranks.size == 1:
+            self._num_samples = window.num_samples
         if count is not None:
             self._counts, num_micro_batches = count_window(window, count, self.ranks, self.home)
             self._num_micro_batches = 2.0 ** round(math.log2(max(num_micro_batches, 1)))
@@ -154,8 +158,11 @@ class WindowPass:
         if self._counts is not None:
             share = ratio(self._num_micro_batches, denominator(name, self._counts))
             return torch.as_tensor(share, dtype=torch.float64)
-        assert self.learned.exponent is not None
-        return torch.tensor(terms.multiplier * 2.0**-self.learned.exponent, dtype=torch.float64)
+        if not self._unit:
+            assert self.learned.exponent is not None
+            # A mean over samples whose number is known is divided right here, and needs no multiplication at the end.
+            self._unit = 1 / self._num_samples if terms.is_mean and self._num_samples else 2.0**-self.learned.exponent
+        return torch.tensor(terms.multiplier * self._unit, dtype=torch.float64)
 
     def settle(self) -> None:
         """The totals over the window and over ranks are known."""
@@ -171,8 +178,8 @@ class WindowPass:
         """What turns a gradient times the seed, times `share`, into that of the mean."""
         if self._counts is not None:
             return share / self._num_micro_batches
-        assert self.learned.exponent is not None
-        return ratio(share * 2.0**self.learned.exponent, self._totals.weight)
+        weight = self._totals.weight if self._totals.known_weight is None else self._totals.known_weight
+        return ratio(share / (self._unit or 1.0), weight)
 
     def report(self, retries: int) -> Report:
         """What the window was, with every sum divided by its total."""
