@@ -46,7 +46,7 @@ def code_lm(
         base_batch_size=128,
         metrics={"bits per byte": bits_per_byte, "accuracy": next_byte_accuracy},
         description=(
-            f"byte-level decoder Transformer, d={d_model}, {num_layers} layers, context {context}, on {num_files} "
+            f"byte-level decoder Transformer, d={d_model}, {num_layers} layer{'s' if num_layers > 1 else ''}, context {context}, on {num_files} "
             f"files of {'Python source in ' + root if root else 'the Python standard library'}: "
             f"{train.num_bytes / 1e6:.1f} MB to train, {validation.num_bytes / 1e6:.1f} MB for validation"
         ),
