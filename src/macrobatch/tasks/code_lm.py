@@ -35,6 +35,7 @@ def code_lm(
     _check_sizes(d_model=d_model, num_layers=num_layers, num_heads=num_heads, context=context)
     folder = Path(root) if root is not None else Path(sysconfig.get_paths()["stdlib"])
     train, validation, num_files = _read_source(folder, context)
+    layers = "1 layer" if num_layers == 1 else f"{num_layers} layers"
     return Task(
         name="code-lm",
         model=ByteTransformer(d_model, num_layers, num_heads, context),
@@ -46,7 +47,7 @@ def code_lm(
         base_batch_size=128,
         metrics={"bits per byte": bits_per_byte, "accuracy": next_byte_accuracy},
         description=(
-            f"byte-level decoder Transformer, d={d_model}, {num_layers} layer{'s' if num_layers > 1 else ''}, context {context}, on {num_files} "
+            f"byte-level decoder Transformer, d={d_model}, {layers}, context {context}, on {num_files} "
             f"files of {'Python source in ' + root if root else 'the Python standard library'}: "
             f"{train.num_bytes / 1e6:.1f} MB to train, {validation.num_bytes / 1e6:.1f} MB for validation"
         ),
