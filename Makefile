@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test check format bench clean
 
 demo: $(INSTALLED)
-	@$(BIN)/macrobatch compare --task code-lm --output runs/demo
+	@$(BIN)/macrobatch compare --task code-lm --threads 1 --output runs/demo
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest -q

@@ -88,7 +88,10 @@ class Accumulator:
         self._frozen = modules_of(frozen)
         self._unscaler = Unscaler(scaler)
         where = None if device is None else torch.device(device)
-        self._recipe = Recipe(model, self._modules, loss_fn, count, autocast, self._unscaler, where, process_group)
+        self._everything = self._modules + self._frozen
+        self._recipe = Recipe(
+            model, self._modules, self._everything, loss_fn, count, autocast, self._unscaler, where, process_group
+        )
         self._learned = Learned()
         self._grad_dtype = grad_dtype
         self._cut = cut
@@ -120,6 +123,7 @@ class Accumulator:
                     multiply_(group, pass_.factor(share))
             gradients.finish(sums)
             report = pass_.report(recovery.retries)
+        self._learned.has_run = True
         self._limit.window_ended(max(report.micro_batch_sizes, default=0), report.retries)
         recovery.log()
         return report
@@ -146,6 +150,7 @@ class Accumulator:
                 pass_.refuse_strays()
                 if stopwatch is not None:
                     stopwatch.lap(num_samples)
+                del micro_batch  # or three of them would be on the device at once
         except RunAgain:
             return False
         return True
@@ -163,7 +168,7 @@ class Accumulator:
             return pass_.report(0)
 
     def _recovery(self, pass_: WindowPass) -> Recovery:
-        buffers = buffer_slots(self._modules), self._window_start, self._micro_batch_start
+        buffers = buffer_slots(self._everything), self._window_start, self._micro_batch_start
         return Recovery(pass_.parameters, *buffers, self._limit, pass_.device, self._cut)
 
     def _agree_on_window(self, batch: Nested, ranks: Ranks) -> tuple[Window, bool]:
@@ -190,8 +195,11 @@ class Accumulator:
                 f"run takes one effective batch at a time, got a {type(batch).__name__}: for batch in loader: "
                 "run(batch), or for window in windows(loader, accumulation_steps=8): run(window)"
             )
-        if isinstance(self._limit, AutoSize) and not self._limit.has_begun:
-            self._begin_search(self._limit, batch)
+        if isinstance(self._limit, AutoSize):
+            refuse_coupled(self._everything)
+            if not self._limit.has_begun:
+                with torch.enable_grad():
+                    self._begin_search(self._limit, batch)
         largest = self._limit.current
         if isinstance(batch, Window):
             return batch if largest is None else batch.cut(largest, cut=self._cut)
@@ -203,7 +211,6 @@ class Accumulator:
         return Window.of_parts(batch, largest, self._cut, self._num_samples)
 
     def _begin_search(self, limit: AutoSize, batch: Nested) -> None:
-        refuse_coupled(self._modules)
         sample, n = batch, 0
         if isinstance(batch, Window):
             sample, n = max(batch.fill().sized(), key=lambda sized: sized[1], default=(None, 0))
@@ -233,6 +240,8 @@ class Accumulator:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on as the accumulator went on whose `state_dict` this is; the first window is checked as any first one."""
+        if set(state) != {"limit", "exponent"}:
+            raise ValueError(f"an accumulator's state holds 'limit' and 'exponent', this one {sorted(state)}")
         self._limit.load_state_dict(state["limit"])
         self._learned.exponent = state["exponent"]
 

@@ -6,16 +6,17 @@ often not the fastest, on a CPU almost never.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from macrobatch.sizing import SizeLimit
 from macrobatch.speed import even_size, sizes_to_measure
+from macrobatch.state import coupled_layer
 
 logger = logging.getLogger("macrobatch")
 
@@ -54,11 +55,12 @@ class AutoSize(SizeLimit):
 
     def stopwatch(self, device: torch.device) -> "Stopwatch | None":
         """What times the micro-batches of the next window; None once the size is found."""
+        self.laps.clear()
         return None if self.is_found else Stopwatch(device, self.laps.append)
 
     def window_ended(self, largest: int, retries: int) -> None:
         """A window has been run: in the search, its time is noted and another size comes next."""
-        if self.is_found:
+        if self.is_found or not self.has_begun:  # an idle rank has not begun
             super().window_ended(largest, retries)
             return
         laps, self.laps = self.laps, []
@@ -66,9 +68,19 @@ class AutoSize(SizeLimit):
             self.start = self.current
             self.to_try = [size for size in self.to_try if self.current is None or size <= self.current]
         elif laps:
-            self.seconds.setdefault(largest, []).append(median(laps[1:] or laps))
-            self._leave_out_the_hopeless(largest)
+            size = self.current or largest
+            self.seconds.setdefault(size, []).append(median(laps[1:] or laps))
+            self._leave_out_the_hopeless(size)
         self._next()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any limit; the times as pairs, so that it survives a journey through JSON."""
+        return super().state_dict() | {"seconds": [[size, times] for size, times in self.seconds.items()]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state. ValueError if it is of another kind of limit."""
+        super().load_state_dict(state)
+        self.seconds = {int(size): list(times) for size, times in state["seconds"]}
 
     def _leave_out_the_hopeless(self, latest: int) -> None:
         """On the way down: sizes below one that is much slower than the best will be slower still."""
@@ -122,12 +134,11 @@ class Stopwatch:
 
 def refuse_coupled(modules: Sequence[nn.Module]) -> None:
     """ValueError for BatchNorm in train mode: a size that is found would decide over what it normalises."""
-    for module in modules:
-        for name, layer in module.named_modules():
-            if isinstance(layer, _BatchNorm) and layer.training:
-                what = f"{name!r} ({type(layer).__name__}, in train mode)"
-                raise ValueError(
-                    f"micro_batch_size='auto' would change the result: {what} normalises over the micro-batch. "
-                    "Give a number, put the layer into eval mode, or replace "
-                    "it by GroupNorm"
-                )
+    layer = coupled_layer(modules)
+    if layer is None:
+        return
+    name = next((name for module in modules for name, other in module.named_modules() if other is layer), "")
+    raise ValueError(
+        f"micro_batch_size='auto' would change the result: {name!r} ({type(layer).__name__}, in train mode) normalises "
+        "over the micro-batch. Give a number, put the layer into eval mode, or replace it by GroupNorm"
+    )

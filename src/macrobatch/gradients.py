@@ -86,8 +86,12 @@ class WindowGradients:
 
     def __enter__(self) -> "WindowGradients":
         refuse_step_hooks(self.parameters, self._modules)
+        if self._final_dtype is not None and self._widened and not HAS_GRAD_DTYPE:
+            raise ValueError(f"grad_dtype={self._final_dtype} needs a torch with Tensor.grad_dtype (2.10 or later)")
         self._before = [p.grad for p in self.parameters]
-        if not self._add:
+        if self._add:  # DDP would write over what is set aside if it lay in DDP's own buckets
+            self._before = [g.clone() if g is not None and shares_storage(g) else g for g in self._before]
+        else:
             refuse_leftovers(self.parameters, self._modules)
         for p in self.parameters if self._add else self._widened:
             p.grad = None
@@ -95,8 +99,6 @@ class WindowGradients:
         if HAS_GRAD_DTYPE:
             for p in self._widened:
                 p.grad_dtype = _accumulation_dtype(p, self._final_dtype)
-        elif self._final_dtype is not None and self._widened:
-            raise ValueError(f"grad_dtype={self._final_dtype} needs a torch with Tensor.grad_dtype (2.10 or later)")
         return self
 
     def __exit__(
@@ -158,7 +160,16 @@ class WindowGradients:
 def _plus(before: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     if before is None or gradient is None:
         return gradient if before is None else before
-    return before.add_(gradient)
+    if before.is_sparse or gradient.is_sparse:
+        return before.to_dense() + gradient.to_dense()
+    return before.add_(gradient) if before.dtype == gradient.dtype else gradient.add_(before)
+
+
+def shares_storage(gradient: Tensor | None) -> bool:
+    """Whether a gradient is a view into a larger buffer, as DDP makes them: such views share one count of changes."""
+    if gradient is None or gradient.layout != torch.strided:
+        return False
+    return gradient.untyped_storage().nbytes() > gradient.nbytes
 
 
 def _accumulation_dtype(p: nn.Parameter, grad_dtype: torch.dtype | None) -> torch.dtype:
@@ -181,7 +192,7 @@ def _set_grad_dtype(p: nn.Parameter, dtype: torch.dtype) -> None:
 
 def refuse_leftovers(parameters: Sequence[nn.Parameter], modules: Sequence[nn.Module]) -> None:
     """ValueError if some gradient is there and not zero everywhere; by content, so zeroed ones are fine."""
-    held = [p for p in parameters if p.grad is not None]
+    held = [p for p in parameters if p.grad is not None and _values(p.grad).numel()]
     if not held:
         return
     largest = torch._foreach_norm([_values(p.grad) for p in held if p.grad is not None], float("inf"))

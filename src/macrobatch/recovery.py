@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from macrobatch.batch import Cut, cut_batch
+from macrobatch.gradients import shares_storage
 from macrobatch.sizing import SizeLimit
 from macrobatch.state import Moment, Slot
 from macrobatch.structure import Nested, even_sizes
@@ -115,7 +116,7 @@ class Recovery:
         """The parameters that the failed backward has not reached; None if it did not start, RunAgain if unknown."""
         if not attempt.started_backward:
             return attempt.inputs
-        if not attempt.can_mend or any(_shares_storage(p.grad) for p in self._parameters):
+        if not attempt.can_mend or any(shares_storage(p.grad) for p in self._parameters):
             raise RunAgain  # the limit is lower now
         done = {
             id(p)
@@ -158,13 +159,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (
         type(error) is RuntimeError and "DefaultCPUAllocator: can't allocate memory" in str(error)
     )
-
-
-def _shares_storage(gradient: Tensor | None) -> bool:
-    """Whether a gradient is a view into a larger buffer, as DDP makes them: such views share one count of changes."""
-    if gradient is None or gradient.layout != torch.strided:
-        return False
-    return gradient.untyped_storage().nbytes() > gradient.nbytes
 
 
 def _single_sample_message(message: str) -> str:

@@ -72,4 +72,7 @@ class SizeLimit:
                 f"this state holds {sorted(state)}, a {type(self).__name__} has {sorted(self.__dict__)}: it was saved "
                 "with another kind of micro_batch_size (a number, or 'auto')"
             )
+        own = self.start
         self.__dict__.update(copy.deepcopy(dict(state)))
+        if own is not None and own != self.start:  # what is asked for now counts, as far as it is known to fit
+            self.start, self.current = own, min(own, self.current or own)

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.parameter import is_lazy
 
 from macrobatch.gradients import submodules
 
 Slot = tuple[nn.Module, str]  # a module and the name of a buffer of it
-SMALL = 2**20  # bytes: larger buffers (masks, position tables) are copied only once they were seen to change
+SMALL = 2**16  # bytes: larger buffers are copied only once they were seen to change
 
 
 class RandomState:
@@ -51,50 +52,52 @@ class Moment:
 
 
 class Buffers:
-    """The buffers of modules, remembered again and again at little cost: copied are only those seen to change.
+    """The buffers of modules, remembered again and again at little cost.
 
-    Which ones change is seen in the first micro-batch (by content) and later (torch counts the changes of a tensor in
-    `_version`, but not those that a normalisation layer makes to its statistics: those always count as changing). A
-    buffer that is replaced by another tensor is put back as the tensor that it was.
+    Small ones are always copied. Larger ones (masks, position tables) only if they were seen to change: torch counts
+    the changes of a tensor in `_version`, but neither those that a normalisation layer makes to its statistics, which
+    are always copied, nor those through `.data`, which are not seen. A buffer that is replaced, set to None or deleted is
+    put back as the tensor that it was.
     """
 
     def __init__(self) -> None:
         self._slots: list[Slot] = []
-        self._held: list[tuple[Tensor, int]] = []  # each slot's tensor and its version, when remembered
+        self._held: list[tuple[Tensor | None, int]] = []  # each slot's tensor and its version, when remembered
         self._copies: dict[int, Tensor] = {}  # by position of the slot
-        self._changing: set[int] | None = None  # positions; None until one micro-batch was seen
+        self._changing: set[int] = set()  # positions of larger ones that were seen to change
 
     def watch(self, slots: list[Slot]) -> None:
         """These buffers are those to remember."""
         if slots != self._slots:
-            self._slots, self._copies, self._changing, self._held = slots, {}, None, []
+            self._slots, self._copies, self._changing, self._held = slots, {}, set(), []
 
     def remember(self) -> None:
         """What the buffers hold now is what `restore` brings back."""
         now = self._now()
-        if not self._held:
-            wanted = {i for i, (tensor, _) in enumerate(now) if tensor.nbytes <= SMALL}
-        else:
-            wanted = self._changing = self._seen_to_change(now)
-        self._copies = {i: copy for i, copy in self._copies.items() if i in wanted}
-        if self._copies:
-            torch._foreach_copy_(list(self._copies.values()), [now[i][0] for i in self._copies])
-        self._copies |= {i: now[i][0].clone() for i in wanted - set(self._copies)}
+        if self._held:
+            pairs = enumerate(zip(self._held, now, strict=True))
+            self._changing |= {i for i, (old, new) in pairs if old[0] is not new[0] or old[1] != new[1]}
+        copied = {i: tensor for i, (tensor, _) in enumerate(now) if tensor is not None and self._is_copied(i, tensor)}
+        reused = [i for i, tensor in copied.items() if _are_alike(self._copies.get(i), tensor)]
+        if reused:
+            torch._foreach_copy_([self._copies[i] for i in reused], [copied[i].detach() for i in reused])
+        old, self._copies = self._copies, {}
+        for i, tensor in copied.items():
+            self._copies[i] = old[i] if _are_alike(old.get(i), tensor) else tensor.detach().clone()
         self._held = now
 
-    def _seen_to_change(self, now: list[tuple[Tensor, int]]) -> set[int]:
-        pairs = enumerate(zip(self._held, now, strict=True))
-        counted = {i for i, (old, new) in pairs if old[0] is not new[0] or old[1] != new[1]}
-        statistics = {i for i, (module, _) in enumerate(self._slots) if isinstance(module, _NormBase)}
-        if self._changing is None:
-            counted |= {i for i, copy in self._copies.items() if not torch.equal(copy, now[i][0])}
-        return counted | statistics | (self._changing or set())
+    def _is_copied(self, i: int, tensor: Tensor) -> bool:
+        if not _is_countable(tensor):
+            return False
+        return tensor.nbytes <= SMALL or i in self._changing or isinstance(self._slots[i][0], _NormBase)
 
     def restore(self) -> None:
         """Every buffer holds what it held when last remembered. RuntimeError for one that was too large to copy."""
         for i, (tensor, version) in enumerate(self._held):
             module, name = self._slots[i]
             module._buffers[name] = tensor
+            if tensor is None or not _is_countable(tensor):
+                continue
             if i in self._copies:
                 with torch.no_grad():
                     tensor.copy_(self._copies[i])
@@ -106,16 +109,24 @@ class Buffers:
                 )
         self._held = self._now()
 
-    def _now(self) -> list[tuple[Tensor, int]]:
-        buffers = [module._buffers[name] for module, name in self._slots]
-        return [(b, b._version) for b in buffers if b is not None]
+    def _now(self) -> list[tuple[Tensor | None, int]]:
+        buffers = [module._buffers.get(name) for module, name in self._slots]
+        return [(b, b._version if b is not None and _is_countable(b) else 0) for b in buffers]
 
 
 def buffer_slots(modules: Sequence[nn.Module]) -> list[Slot]:
     """Where the modules keep buffers at present."""
-    slots = [(module, name) for module in submodules(modules) for name in module._buffers]
-    return [(module, name) for module, name in slots if _is_countable(module._buffers[name])]
+    return [(module, name) for module in submodules(modules) for name in module._buffers]
 
 
-def _is_countable(buffer: Tensor | None) -> bool:
-    return buffer is not None and not buffer.is_inference()
+def coupled_layer(modules: Sequence[nn.Module]) -> nn.Module | None:
+    """A layer that normalises over the batch it sees (BatchNorm in train mode), if there is one."""
+    return next((m for m in submodules(modules) if isinstance(m, _BatchNorm) and m.training), None)
+
+
+def _is_countable(buffer: Tensor) -> bool:
+    return not is_lazy(buffer) and not buffer.is_inference()
+
+
+def _are_alike(copy: Tensor | None, tensor: Tensor) -> bool:
+    return copy is not None and (copy.shape, copy.dtype, copy.device) == (tensor.shape, tensor.dtype, tensor.device)

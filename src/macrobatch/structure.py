@@ -54,7 +54,10 @@ def split(batch: Nested, sizes: Sequence[int], *, n: int | None = None) -> list[
     Each leaf is split once. `n` is `num_samples(batch)`, where that is known already. Raises ValueError if the sizes do
     not add up to the batch.
     """
-    n = num_samples(batch) if n is None else n
+    if n is None:
+        n = num_samples(batch)
+    elif not _fits(batch, n):
+        raise ValueError(f"{_misfit_message(batch)} (num_samples= says {n}; own batches need cut= too)")
     if sum(sizes) != n or min(sizes, default=0) < 0:
         raise ValueError(f"sizes {list(sizes)} do not divide the batch, which has {n} samples")
     if not sizes:

@@ -1,6 +1,5 @@
 """A GradScaler around a window: its scale goes into the seed of backward and is gone before `run` returns."""
 
-from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -17,8 +16,7 @@ class Unscaler:
 
     def __init__(self, scaler: GradScaler | None) -> None:
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        # The scaler knows carriers by id until its next update: they must live that long, at most this many windows.
-        self._carriers: deque[torch.optim.Optimizer] = deque(maxlen=64)
+        self._carriers: list[torch.optim.Optimizer] = []
 
     def scale(self, seed: Tensor) -> Tensor:
         """The seed of backward times the loss scale, without a host sync."""
@@ -32,6 +30,9 @@ class Unscaler:
         for leaf in leaves:
             leaf.grad = leaf.detach()
         carrier = torch.optim.SGD(leaves, lr=0.0)
+        # The scaler knows carriers by id until its next update: until then none may be freed, and its id used again.
+        if not getattr(self.scaler, "_per_optimizer_states", True):
+            self._carriers.clear()
         self._carriers.append(carrier)
         self.scaler.unscale_(carrier)
         for leaf in leaves:

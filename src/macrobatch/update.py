@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import LBFGS, Optimizer
 
@@ -56,8 +57,8 @@ def apply_update(
             _clip(parameters, max_norm, grad_norm)
         for each in optimizers:
             each.step()
-    if report is not None and report.scaler is not None and any(p.grad is not None for p in report.parameters):
-        report.scaler.update()  # which needs gradients to have been looked at: a window without terms has none
+    if report is not None and report.scaler is not None:
+        _update_scaler(report.scaler)
     _drop_gradients([*parameters, *(report.parameters if report is not None else ())])
     return Update(grad_norm, applied)
 
@@ -96,6 +97,13 @@ def _clip(parameters: Sequence[nn.Parameter], max_norm: float, grad_norm: Tensor
     for p in parameters:
         if p.grad is not None and p.grad.is_sparse:
             p.grad.mul_((max_norm / (grad_norm + 1e-6)).clamp(max=1.0))  # as clip_grads_with_norm_ does
+
+
+def _update_scaler(scaler: GradScaler) -> None:
+    try:
+        scaler.update()
+    except AssertionError:  # a window without terms, or another report has updated it: no gradient was looked at since
+        return
 
 
 def _drop_gradients(parameters: Iterable[nn.Parameter]) -> None:

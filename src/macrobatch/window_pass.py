@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from macrobatch.batch import Window
 from macrobatch.devices import device_of
 from macrobatch.distributed import GradientReduction, GroupChoice, Ranks, is_distributed
-from macrobatch.gradients import ddp_modules, submodules
+from macrobatch.gradients import ddp_modules
 from macrobatch.leaves import StrayLeaves, has_nested_backward
 from macrobatch.recovery import Attempt
 from macrobatch.report import Report
+from macrobatch.state import coupled_layer
 from macrobatch.structure import Nested
 from macrobatch.tally import CountFn, Tally, count_window, denominator, ratio
 from macrobatch.unscaling import Unscaler
@@ -32,6 +32,7 @@ class Recipe:
 
     model: nn.Module | Sequence[nn.Module]
     modules: list[nn.Module]  # whose parameters are trained
+    everything: list[nn.Module]  # and those that the loss passes through frozen
     loss_fn: LossFn
     count: CountFn | None
     autocast: Autocast
@@ -46,6 +47,7 @@ class Learned:
 
     names: tuple[str, ...] | None = None  # of sums and metrics, the same on every rank
     exponent: int | None = None  # of the seed, the same on every rank
+    has_run: bool = False  # whether a window went through `run`: the first one is looked at more closely
     knows_leaves: bool = False  # whether a loss graph was searched for trainable tensors outside of the model
 
 
@@ -63,11 +65,12 @@ class WindowPass:
         self.device = recipe.device or device_of(parameters)
         self.home = self.device or parameters[0].device  # where sums are kept
         self._autocast = _around_forward(recipe.autocast, self.home)
-        self._is_first = learned.names is None
+        self._is_first = not learned.has_run
         self._tally = Tally()
         self._counts: dict[str, Tensor] | None = None
         self._seeds: dict[Any, Tensor] = {}
         self._num_samples = 0  # of the effective batch, where known beforehand
+        self._next_exponent: int | None = None
         self._unit = 0.0  # what one term counts for in the seeds, from the first backward on
         self._strays: StrayLeaves | None = None
 
@@ -111,7 +114,7 @@ class WindowPass:
                 reduction.join_without_terms()
             self._tally.add(terms, attempt.num_samples)
         except RuntimeError:
-            couples = any(isinstance(m, _BatchNorm) and m.training for m in submodules(self.recipe.modules))
+            couples = coupled_layer(self.recipe.everything) is not None
             nested = has_nested_backward(list(terms.sums.values()))
             attempt.can_mend = not (couples or nested)
             attempt.has_communicated = attempt.started_backward and reduction.is_communicating
@@ -173,6 +176,14 @@ class WindowPass:
             expected = [f"sum {name}" for name in self._counts or [LOSS]]
             self.learned.names = self.ranks.union([*self._tally.columns, *expected])
         self._totals = self._tally.totals(self.ranks, self.learned.names, self.home)
+        self._relearn_exponent()
+
+    def _relearn_exponent(self) -> None:
+        """The next window's seed fits a typical micro-batch; the first of all may have been masked almost wholly."""
+        if self.ranks.size == 1 and (self._is_first or self.home.type == "cpu") and self._counts is None:
+            weight = float(self._totals.weight)
+            if weight > 0 and math.isfinite(weight):
+                self._next_exponent = round(math.log2(max(weight / len(self._tally.sizes), 1.0)))
 
     def factor(self, share: int) -> float | Tensor:
         """What turns a gradient times the seed, times `share`, into that of the mean."""
@@ -183,6 +194,8 @@ class WindowPass:
 
     def report(self, retries: int) -> Report:
         """What the window was, with every sum divided by its total."""
+        if self._next_exponent is not None and self.learned.exponent is not None:
+            self.learned.exponent = self._next_exponent
         counts = self._counts or {LOSS: self._totals.weight}
         sums = self._totals.kind("sum")
         divisors = {name: denominator(name, counts) for name in sums}
