@@ -297,6 +297,35 @@ def two_denominators_with_an_idle_rank(world: int) -> None:
     assert abs(float(report.loss) - means(model, batch).item()) < 1e-12
 
 
+def adding_windows_keeps_what_lies_in_ddps_buckets(world: int) -> None:
+    batch, sizes = everything(sum(sizes_for(world))), sizes_for(world)
+    model = tagger()
+    expected = expected_for(model, batch)
+    accumulator = mb.Accumulator(DDP(model, gradient_as_bucket_view=True), token_sum, micro_batch_size=4)
+    for _ in range(2):
+        clear(model)
+        accumulator.run(share_of(batch, sizes))
+    for _ in range(2):
+        accumulator.run(share_of(batch, sizes), add=True)
+    close(gradients(model), [3 * g if g is not None else None for g in expected])
+
+
+def one_count_while_ddp_overlaps(world: int) -> None:
+    batch, sizes = everything(sum(sizes_for(world))), sizes_for(world)
+    model = tagger()
+    expected = expected_for(model, batch)
+    accumulator = mb.Accumulator(
+        DDP(model),
+        lambda m, b: token_sum(m, b)[0],
+        micro_batch_size=2,
+        count=lambda b: mb.valid_tokens(b["labels"]),
+    )
+    for _ in range(2):
+        clear(model)
+        accumulator.run(share_of(batch, sizes))
+        close(gradients(model), expected)
+
+
 def own_loops_get_shares_over_all_ranks(world: int) -> None:
     for sizes in (sizes_for(world), [0, 9, 4][:world]):
         batch, model = everything(sum(sizes)), tagger()

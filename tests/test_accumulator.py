@@ -635,3 +635,48 @@ def test_model_and_loss_fn_swapped_are_refused_at_once() -> None:
         mb.Accumulator(nn.Identity(), regressor(), micro_batch_size=4)
     with pytest.raises(ValueError, match="give the model, not its parameters"):
         mb.Accumulator(regressor().parameters(), mean_square, micro_batch_size=4)
+
+
+class Pair:
+    """A batch of an own class, which nothing here knows how to cut."""
+
+    def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self.x, self.y = x, y
+
+
+def test_own_batches_with_num_samples_but_without_cut_are_refused_not_shared() -> None:
+    x, y = points()
+    window = mb.Window([Pair(x[:16], y[:16]), Pair(x[16:], y[16:])], num_samples=lambda pair: len(pair.x))
+    with pytest.raises(ValueError, match=r"is a Pair, an unknown container of tensors.*own batches need cut= too"):
+        run(lambda m, pair: mean_square(m, (pair.x, pair.y)), window, micro_batch_size=6)
+
+
+def test_evaluating_first_does_not_switch_off_the_look_at_the_first_window() -> None:
+    model, batch = tagger(), tokens_and_labels()
+    accumulator = mb.Accumulator(model, token_mean, micro_batch_size=2)
+    accumulator.evaluate({"tokens": batch["tokens"], "labels": batch["tokens"]})
+    with pytest.raises(ValueError, match="almost surely a mean over valid tokens"):
+        accumulator.run(batch)
+
+
+def test_evaluate_builds_no_graph() -> None:
+    seen = []
+    model, batch = regressor(), points()
+
+    def loss_fn(m: nn.Module, b: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        seen.append(m(b[0]).requires_grad)
+        return mean_square(m, b)
+
+    mb.Accumulator(model, loss_fn, micro_batch_size=8).evaluate(batch)
+    assert seen == [False, False, False]
+
+
+def test_empty_gradients_are_not_left_over() -> None:
+    model, batch = regressor(), points()
+    model.empty = nn.Parameter(torch.zeros(0, 3))
+    model.empty.grad = torch.zeros(0, 3)
+
+    def loss_fn(m: nn.Module, b: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return F.mse_loss(m[2](m[1](m[0](b[0]))), b[1])
+
+    mb.Accumulator(model, loss_fn, micro_batch_size=8).run(batch)

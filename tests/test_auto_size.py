@@ -142,3 +142,10 @@ def test_a_budget_that_cannot_be_kept_is_refused_before_the_first_step(max_memor
 def test_a_budget_without_auto_is_refused() -> None:
     with pytest.raises(ValueError, match=r"max_memory='6GB' goes with micro_batch_size='auto', got 8"):
         mb.Accumulator(model_and_batch()[0], loss_fn, micro_batch_size=8, max_memory="6GB")
+
+
+def test_evaluating_first_begins_the_search_too() -> None:
+    model, batch = model_and_batch()
+    accumulator = mb.Accumulator(model, loss_fn, micro_batch_size="auto", max_memory="50MB")
+    assert abs(float(accumulator.evaluate(batch).loss) - loss_fn(model, batch).item()) < 1e-12
+    accumulator.run(batch)

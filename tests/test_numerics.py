@@ -214,3 +214,36 @@ def test_the_seed_is_a_power_of_two_so_it_costs_no_rounding() -> None:
         tokens_loss(model, micro_batch)[0].backward()
     plain = [p.grad * (1 / float(report.loss_weight)) for p in model.parameters()]
     assert all(torch.equal(m, p) for m, p in zip(mine, plain, strict=True))
+
+
+def test_a_hundred_windows_before_one_update_share_a_scaler() -> None:
+    model, batch = half_model()
+    scaler = torch.amp.GradScaler("cpu")
+    accumulator = mb.Accumulator(model, tokens_loss, micro_batch_size=32, autocast=torch.float16, scaler=scaler)
+    for _ in range(100):
+        report = accumulator.run(batch, add=True)
+    assert mb.apply_update(torch.optim.SGD(model.parameters(), lr=1e-3), report).applied
+
+
+def test_two_accumulators_share_a_scaler() -> None:
+    scaler, updates = torch.amp.GradScaler("cpu"), []
+    models = [half_model() for _ in range(2)]
+    reports = [
+        mb.Accumulator(model, tokens_loss, micro_batch_size=32, autocast=torch.float16, scaler=scaler).run(batch)
+        for model, batch in models
+    ]
+    for (model, _), report in zip(models, reports, strict=True):
+        updates.append(mb.apply_update(torch.optim.SGD(model.parameters(), lr=1e-3), report).applied)
+    assert updates == [True, True]
+
+
+def test_a_first_micro_batch_that_is_almost_wholly_masked_costs_one_update_at_most() -> None:
+    model, batch = half_model()
+    labels = batch[1].clone()
+    labels[:8] = -100
+    labels[0, 0] = 1
+    scaler = torch.amp.GradScaler("cpu")
+    accumulator = mb.Accumulator(model, tokens_loss, micro_batch_size=8, autocast=torch.float16, scaler=scaler)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    applied = [mb.apply_update(optimizer, accumulator.run((batch[0], labels))).applied for _ in range(4)]
+    assert applied[1:] == [True, True, True]

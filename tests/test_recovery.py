@@ -419,3 +419,99 @@ def test_after_a_recovered_failure_no_memory_is_kept() -> None:
         assert report.retries > 0
         del report
         assert meter.live <= before + 64  # a few scalars of the last report
+
+
+def failing_above(largest: int) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
+    """A mean loss that runs out of memory, after its forward, for more than `largest` samples."""
+
+    def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        out = model(x).square().mean()
+        if len(x) > largest:
+            raise torch.OutOfMemoryError("injected")
+        return out
+
+    return loss
+
+
+class Stateful(nn.Module):
+    """A layer with a buffer that its forward changes in one of the ways that people change buffers."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.layer = nn.Linear(5, 5).double()
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("cache", torch.ones(2, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "in place":
+            self.seen.add_(len(x))
+        elif self.how == "through data":
+            self.seen.data.add_(len(x))
+        elif self.how == "replaced":
+            self.seen = self.seen + len(x)
+        elif self.how == "grows":
+            self.seen.add_(len(x))
+            self.cache = torch.ones(len(self.cache) + 1, 1)
+        elif self.how == "none":
+            self.seen.add_(len(x))
+            self.cache = None
+        else:
+            self.seen.add_(len(x))
+            self._buffers.pop("cache", None)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("how", ["in place", "through data", "replaced", "grows", "none", "deleted"])
+def test_buffers_changed_in_any_way_count_each_sample_once(how: str) -> None:
+    model, x = Stateful(how), torch.randn(16, 5, dtype=torch.float64)
+    expected = reference(model, lambda: model(x).square().mean())
+    model = Stateful(how)
+    model.layer.load_state_dict(model.layer.state_dict())
+    accumulator = mb.Accumulator(model, failing_above(4), micro_batch_size=16)  # two failures in the first micro-batch
+    for window in range(1, 4):
+        clear(model)
+        accumulator._limit = mb.sizing.SizeLimit(16)
+        assert accumulator.run(x).retries == 2
+        assert float(model.seen) == 16 * window
+    assert len(expected) == 2
+
+
+def test_a_start_that_is_too_large_works_with_spectral_norm() -> None:
+    torch.manual_seed(0)
+    model = nn.utils.parametrizations.spectral_norm(nn.Linear(5, 5)).double()
+    report = mb.Accumulator(model, failing_above(4), micro_batch_size=16).run(torch.randn(16, 5, dtype=torch.float64))
+    assert report.micro_batch_sizes == (4, 4, 4, 4)
+
+
+def test_batchnorm_in_a_frozen_module_is_restored_and_refused_by_auto() -> None:
+    torch.manual_seed(0)
+    generator, discriminator = nn.Linear(5, 5).double(), nn.BatchNorm1d(5).double()
+    x = torch.randn(16, 5, dtype=torch.float64)
+
+    def loss(model: nn.Module, b: torch.Tensor) -> torch.Tensor:
+        out = discriminator(model(b)).tanh().mean()
+        if len(b) > 8:
+            raise torch.OutOfMemoryError("injected")
+        return out
+
+    mb.Accumulator(generator, loss, micro_batch_size=16, frozen=[discriminator]).run(x)
+    assert int(discriminator.num_batches_tracked) == 2
+    clear(generator)
+    with pytest.raises(ValueError, match=r"'auto' would change the result: '' \(BatchNorm1d, in train mode\)"):
+        mb.Accumulator(generator, loss, micro_batch_size="auto", frozen=[discriminator]).run(x)
+
+
+def test_an_own_cut_serves_the_halves_too() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(5, 1).double(), torch.randn(5, 16, dtype=torch.float64)  # batch dimension last
+    expected = reference(model, lambda: model(x.T).square().mean())
+    accumulator = mb.Accumulator(
+        model,
+        lambda m, b: failing_above(4)(m, b.T),
+        micro_batch_size=16,
+        cut=lambda b, start, stop: b[:, start:stop],
+        num_samples=lambda b: b.shape[1],
+    )
+    assert accumulator.run(x).micro_batch_sizes == (4, 4, 4, 4)
+    assert difference(gradients(model), expected) <= 1e-12

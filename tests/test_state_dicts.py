@@ -79,3 +79,23 @@ def test_what_is_saved_and_loaded_goes_on_as_if_nothing_had_happened(name: str, 
 def test_a_state_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="it was saved with another kind of micro_batch_size"):
         SizeLimit(8).load_state_dict(auto().state_dict())
+
+
+def test_a_search_survives_a_journey_through_json() -> None:
+    limit = auto()
+    for _ in range(3):
+        searched(limit)
+    resumed = auto()
+    resumed.load_state_dict(json.loads(json.dumps(limit.state_dict())))
+    while not limit.is_found:
+        searched(limit)
+        searched(resumed)
+    assert (resumed.current, resumed.is_found) == (limit.current, True)
+
+
+def test_a_smaller_size_asked_for_on_resume_counts() -> None:
+    resumed = mb.Accumulator(regressor(), mean_square, micro_batch_size=4)
+    resumed.load_state_dict(accumulator().state_dict())
+    assert resumed.micro_batch_size == 4
+    with pytest.raises(ValueError, match="an accumulator's state holds 'limit' and 'exponent', this one"):
+        resumed.load_state_dict({})

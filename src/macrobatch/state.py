@@ -56,8 +56,8 @@ class Buffers:
 
     Small ones are always copied. Larger ones (masks, position tables) only if they were seen to change: torch counts
     the changes of a tensor in `_version`, but neither those that a normalisation layer makes to its statistics, which
-    are always copied, nor those through `.data`, which are not seen. A buffer that is replaced, set to None or deleted is
-    put back as the tensor that it was.
+    are always copied, nor those through `.data`, which are not seen. A buffer that is replaced, set to None or deleted
+    is put back as the tensor that it was.
     """
 
     def __init__(self) -> None:

@@ -16,7 +16,6 @@ class Unscaler:
 
     def __init__(self, scaler: GradScaler | None) -> None:
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self._carriers: list[torch.optim.Optimizer] = []
 
     def scale(self, seed: Tensor) -> Tensor:
         """The seed of backward times the loss scale, without a host sync."""
@@ -29,11 +28,10 @@ class Unscaler:
         leaves = [torch.nn.Parameter(gradient.detach(), requires_grad=True) for gradient in gradients]
         for leaf in leaves:
             leaf.grad = leaf.detach()
-        carrier = torch.optim.SGD(leaves, lr=0.0)
-        # The scaler knows carriers by id until its next update: until then none may be freed, and its id used again.
-        if not getattr(self.scaler, "_per_optimizer_states", True):
-            self._carriers.clear()
-        self._carriers.append(carrier)
-        self.scaler.unscale_(carrier)
+        # The scaler knows carriers by id until its next update, also those that are gone: a new one needs a new id.
+        known, carriers = getattr(self.scaler, "_per_optimizer_states", {}), [torch.optim.SGD(leaves, lr=0.0)]
+        while id(carriers[-1]) in known:
+            carriers.append(torch.optim.SGD(leaves, lr=0.0))
+        self.scaler.unscale_(carriers[-1])
         for leaf in leaves:
             leaf.grad = None
