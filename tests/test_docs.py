@@ -262,7 +262,7 @@ def test_commands_are_read_with_their_continuations_and_without_their_output() -
         ("python examples/missing.py", "no such file"),
         ("macrobatch brew", "unknown subcommand"),
         ("macrobatch train --no-such-option", "no-such-option"),
-        ("macrobatch train --batch-size many", "integer"),
+        ("macrobatch train --batch-size many", "whole number"),
     ],
 )
 def test_a_wrong_command_is_found(command: str, complaint: str) -> None:

@@ -14,6 +14,7 @@ from macrobatch.gradients import submodules
 from macrobatch.prediction import Fit, Trace, activations_at, largest_predicted, largest_that_fits
 from macrobatch.recovery import is_out_of_memory
 from macrobatch.rehearsal import Rehearsal
+from macrobatch.state import SMALL
 from macrobatch.storages import format_bytes
 from macrobatch.update_memory import UpdateMemory, update_memory
 
@@ -54,8 +55,8 @@ class Account:
         self._updates: dict[frozenset[int], UpdateMemory] = {}
         self._one, self._two = rehearsal.input_bytes(1), rehearsal.input_bytes(2 if rehearsal.largest != 1 else 1)
         self._window = rehearsal.input_bytes(num_samples)
-        layers = [layer for layer in submodules(rehearsal.stage.modules) if isinstance(layer, _NormBase)]
-        self._statistics = sum(b.nbytes for layer in layers for b in layer.buffers(recurse=False))
+        buffers = [(module, b) for module in submodules(rehearsal.stage.modules) for b in module.buffers(recurse=False)]
+        self._copied = sum(b.nbytes for module, b in buffers if b.nbytes <= SMALL or isinstance(module, _NormBase))
 
     def update(self, idle: frozenset[int] = frozenset()) -> UpdateMemory:
         """What the optimizers take, if the parameters at the positions `idle` get no gradients."""
@@ -70,8 +71,8 @@ class Account:
         return self._one + (min(2 * size, self.num_samples) - 1) * (self._two - self._one)
 
     def kept(self, size: int) -> int:
-        """Bytes that the Accumulator keeps for a window: copies of statistics to recover with, sums and counts."""
-        return 2 * self._statistics + 8 * -(-self.num_samples // size) + 64
+        """Bytes that the Accumulator keeps for a window: copies of buffers to recover with, sums and counts."""
+        return 2 * self._copied + 8 * -(-self.num_samples // size) + 64
 
     def memory(self, size: int, traces: Sequence[Trace]) -> Memory:
         """What training at this micro-batch size takes, predicted from traces at other sizes."""

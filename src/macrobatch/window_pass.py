@@ -190,7 +190,9 @@ class WindowPass:
         if self._counts is not None:
             return share / self._num_micro_batches
         weight = self._totals.weight if self._totals.known_weight is None else self._totals.known_weight
-        return ratio(share / (self._unit or 1.0), weight)
+        assert self.learned.exponent is not None
+        unit = self._unit or 2.0**-self.learned.exponent  # a rank that had no backward reduces what the others had
+        return ratio(share / unit, weight)
 
     def report(self, retries: int) -> Report:
         """What the window was, with every sum divided by its total."""
