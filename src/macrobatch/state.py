@@ -18,7 +18,7 @@ class RandomState:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._cuda = device if device is not None and device.type == "cuda" else None
-        self._cpu_state = torch.get_rng_state()
+        self._cpu_state = torch.default_generator.get_state()
         self._cuda_state = None if self._cuda is None else torch.cuda.get_rng_state(self._cuda)
 
     def restore(self) -> None:
@@ -73,6 +73,8 @@ class Buffers:
 
     def remember(self) -> None:
         """What the buffers hold now is what `restore` brings back."""
+        if not self._slots:
+            return
         now = self._now()
         if self._held:
             pairs = enumerate(zip(self._held, now, strict=True))
