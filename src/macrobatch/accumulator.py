@@ -7,6 +7,8 @@ gradient of the sum over the effective batch. Only then are they divided, once, 
     for micro_batch in window:
         backward(loss_sum, seed)                                   # p.grad += seed * d loss_sum / dp
     p.grad *= 1 / (seed * total)                                   # total: over all micro-batches and ranks
+
+For a mean over samples whose number is known beforehand the seed is 1 / total itself, and the last line is left out.
 """
 
 import inspect

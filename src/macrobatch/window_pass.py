@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from macrobatch.batch import Window
 from macrobatch.devices import device_of
 from macrobatch.distributed import GradientReduction, GroupChoice, Ranks, is_distributed
-from macrobatch.gradients import ddp_modules
+from macrobatch.gradients import LOW_PRECISION, ddp_modules
 from macrobatch.leaves import StrayLeaves, has_nested_backward
 from macrobatch.recovery import Attempt
 from macrobatch.report import Report
@@ -144,7 +144,7 @@ class WindowPass:
             self._strays, self.learned.knows_leaves = None, True
 
     def agree_on_exponent(self, terms: Terms | None = None) -> None:
-        """The accumulator's seed is fixed, on all ranks alike: 2**-exponent is near 1 / (terms in a micro-batch)."""
+        """The seed is known, on all ranks alike: 2**-exponent is near 1 / (terms in a micro-batch)."""
         if self.learned.exponent is None:
             size = 1.0 if terms is None or terms.weight is None else float(terms.weight)  # the one read of a weight
             exponent = round(math.log2(max(size, 1.0)))
@@ -163,8 +163,10 @@ class WindowPass:
             return torch.as_tensor(share, dtype=torch.float64)
         if not self._unit:
             assert self.learned.exponent is not None
-            # A mean over samples whose number is known is divided right here, and needs no multiplication at the end.
-            self._unit = 1 / self._num_samples if terms.is_mean and self._num_samples else 2.0**-self.learned.exponent
+            # A mean over samples whose number is known is divided right here, and needs no multiplication at the end;
+            # not in low precision, where only a power of two keeps the seed exact.
+            divides = terms.is_mean and self._num_samples and terms.sums[name].dtype not in LOW_PRECISION
+            self._unit = 1 / self._num_samples if divides else 2.0**-self.learned.exponent
         return torch.tensor(terms.multiplier * self._unit, dtype=torch.float64)
 
     def settle(self) -> None:
