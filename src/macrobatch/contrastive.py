@@ -1,0 +1,179 @@
+"""Losses over all outputs of a window, in a micro-batch's memory: in-batch negatives, mined triplets, correlations.
+
+Plain accumulation gives such a loss only the samples of one micro-batch to compare. With outputs z_j = encode(x_j; p)
+of the micro-batches j and the loss L(z_1, ..., z_K; p) the chain rule gives instead
+
+    dL/dp = ∂L/∂p + Σ_j (∂z_j/∂p)ᵀ g_j,        g_j = ∂L/∂z_j
+
+in three phases: all z_j, without graphs but for the last m; L and all g_j; then for each j its graph again, unless it
+was kept, and a backward from z_j with g_j. 2K - m forwards. Cached gradients (Gao et al. 2021, arXiv 2101.06983) are
+m = 0.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+from macrobatch.accumulator import Accumulator
+from macrobatch.batch import Cut, NumSamples
+from macrobatch.distributed import AUTO, GradientReduction, GroupChoice
+from macrobatch.gathered_forward import Encode
+from macrobatch.gathered_loss import GatheredLoss
+from macrobatch.gathered_window import GatheredRecipe, GatheredWindow
+from macrobatch.gradients import Frozen, WindowGradients
+from macrobatch.measuring import Measure
+from macrobatch.replay import Replay
+from macrobatch.report import Report
+from macrobatch.sizing import SizeLimit
+from macrobatch.structure import Nested, tensors
+from macrobatch.window_pass import Autocast, WindowPass
+
+
+class GatheredAccumulator(Accumulator):
+    """Runs windows whose loss compares all their samples: the effective batch's gradient in a micro-batch's memory.
+
+    `encode(model, micro_batch)` returns any nested structure of tensors with one row for each sample; what the loss
+    needs of the samples beside (labels) may be among them. `loss_fn(model, outputs, window)` returns a tensor of shape
+    (), a loss of any form over those of the whole effective batch; its own parameters (a temperature in `model`, or in
+    `loss_fn`, if that is a module) get their gradient once. `RowBlocks` computes it some rows at a time.
+
+    `keep_graphs`: of how many micro-batches, the last ones, the graph is kept instead of being made a second time.
+    "auto" keeps one, which takes no more memory than none, and with `max_memory` as many as that has room for.
+    `max_memory`: bytes, "6GB", "80%"; goes with `keep_graphs="auto"`, `micro_batch_size="auto"`, or both.
+    All else is as in `Accumulator`; `measure` sees each micro-batch's part of the gradient, without the loss's own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        encode: Encode,
+        loss_fn: GatheredLoss,
+        *,
+        micro_batch_size: int | Literal["auto"] | None = None,
+        keep_graphs: int | Literal["auto"] = "auto",
+        max_memory: int | str | None = None,
+        frozen: Sequence[nn.Module] = (),
+        autocast: Autocast = None,
+        scaler: GradScaler | None = None,
+        measure: Measure | None = None,
+        device: torch.device | str | None = None,
+        grad_dtype: torch.dtype | None = None,
+        cut: Cut | None = None,
+        num_samples: NumSamples | None = None,
+        process_group: GroupChoice = AUTO,
+    ) -> None:
+        _check_callable(encode, "encode", ("model", "micro_batch"))
+        _check_callable(loss_fn, "loss_fn", ("model", "outputs", "window"))
+        super().__init__(
+            model,
+            _SumOfOutputs(encode, loss_fn),
+            micro_batch_size=micro_batch_size,
+            max_memory=max_memory if micro_batch_size == "auto" else None,
+            frozen=frozen,
+            autocast=autocast,
+            scaler=scaler,
+            measure=measure,
+            device=device,
+            grad_dtype=grad_dtype,
+            cut=cut,
+            num_samples=num_samples,
+            process_group=process_group,
+        )
+        self._gathered = GatheredRecipe(
+            encode, loss_fn, self._measure, cut, self._limit, self._micro_batch_start, Replay()
+        )
+        self._graphs = _graph_limit(keep_graphs)
+
+    @property
+    def keep_graphs(self) -> int:
+        """How many micro-batches' graphs are kept at present: m of 2K - m forwards."""
+        return (self._graphs.current or 1) - 1
+
+    def run(self, batch: Nested, *, add: bool = False) -> Report:
+        """`p.grad` is the gradient of the loss over all outputs; nothing else changed but buffers and RNG, once.
+
+        `batch` and `add`: as in `Accumulator.run`. Under a process group the loss is over the outputs of all ranks.
+        """
+        apart = self._measure is not None
+        with Frozen(self._frozen), WindowGradients(self._modules, self._grad_dtype, add, apart) as gradients:
+            pass_ = WindowPass(self._recipe, self._learned, gradients.parameters)
+            window, everyone_runs = self._agree_on_window(batch, pass_.ranks)
+            recovery = self._recovery(pass_)
+            with GradientReduction(pass_.replicas, pass_.ranks, False, everyone_runs) as reduction:
+                turn = GatheredWindow(self._gathered, pass_, recovery, reduction, self.keep_graphs)
+                while not turn.has_run(window, gradients):
+                    gradients.restart()
+                    recovery.restart()
+                sums = gradients.sums()
+                for group, _ in reduction.finish(gradients.parameters, sums):
+                    self._unscaler.unscale_(group)
+            report = turn.report(sums)
+            gradients.finish(sums)
+        self._learned.has_run = True
+        self._limit.window_ended(max(report.micro_batch_sizes, default=0), report.retries)
+        if turn.num_let_go:
+            self._graphs.failed(self.keep_graphs + 1)
+        self._graphs.window_ended(self.keep_graphs + 1, turn.num_let_go)
+        recovery.log()
+        return report
+
+    def evaluate(self, batch: Nested) -> Report:
+        """The Report that `run` would give, without gradients; the model's mode (train or eval) stays the caller's."""
+        with torch.no_grad():
+            pass_ = WindowPass(self._recipe, self._learned, [p for m in self._modules for p in m.parameters()])
+            window, _ = self._agree_on_window(batch, pass_.ranks)
+            recovery = self._recovery(pass_)
+            with GradientReduction(pass_.replicas, pass_.ranks, False, False) as reduction:
+                turn = GatheredWindow(self._gathered, pass_, recovery, reduction, keep=0)
+                turn.evaluate(window)
+                return turn.report([])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned on the way: sizes that fit and are fast, and how many graphs. For any checkpoint."""
+        return super().state_dict() | {"graphs": self._graphs.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the accumulator went on whose `state_dict` this is."""
+        if "graphs" not in state:
+            raise ValueError(f"a gathered accumulator's state holds 'graphs', this one {sorted(state)}")
+        super().load_state_dict({key: value for key, value in state.items() if key != "graphs"})
+        self._graphs.load_state_dict(state["graphs"])
+
+
+class _SumOfOutputs(nn.Module):
+    """What stands for the loss where one micro-batch is rehearsed; it owns the parameters of the real one."""
+
+    def __init__(self, encode: Encode, loss_fn: GatheredLoss) -> None:
+        super().__init__()
+        self.encode, self.loss_fn = encode, loss_fn  # as submodules, where they are modules
+
+    def forward(self, model: Any, micro_batch: Nested) -> Tensor:
+        """The sum of all outputs: its backward takes what that of any other loss takes."""
+        rows = [row for row in tensors(self.encode(model, micro_batch)) if row.requires_grad]
+        return torch.stack([row.sum().float() for row in rows]).sum()
+
+
+def _graph_limit(keep_graphs: int | Literal["auto"]) -> SizeLimit:
+    """A limit that counts one more than the graphs: halved after a failure it ends at no graph, and grows again."""
+    if keep_graphs == "auto":
+        return SizeLimit(2)
+    if isinstance(keep_graphs, bool) or not isinstance(keep_graphs, int) or keep_graphs < 0:
+        raise ValueError(f"keep_graphs must be an integer of at least 0, or 'auto', got {keep_graphs!r}")
+    return SizeLimit(keep_graphs + 1)
+
+
+def _check_callable(function: Callable[..., Any], name: str, arguments: tuple[str, ...]) -> None:
+    """ValueError if `function` cannot be called with `arguments`."""
+    called = function.forward if isinstance(function, nn.Module) else function
+    try:
+        inspect.signature(called).bind(*arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"{name} must be callable with ({', '.join(arguments)}), and a {type(function).__name__} is not: {error}"
+        ) from None
+    except ValueError:
+        pass  # some builtins have no signature

@@ -1,0 +1,130 @@
+"""The first forward of every micro-batch: outputs without graphs, but for the last few, and how to run each again."""
+
+import gc
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from macrobatch.batch import Window
+from macrobatch.devices import on_device
+from macrobatch.distributed import GradientReduction, Ranks
+from macrobatch.gathering import Outputs, gathered, joined, outputs_of
+from macrobatch.recovery import Attempt, Recovery, is_out_of_memory
+from macrobatch.replay import Beginning, Replay
+from macrobatch.state import Moment
+from macrobatch.structure import Nested
+from macrobatch.window_pass import Recipe
+
+Encode = Callable[[Any, Nested], Nested]
+
+
+@dataclass
+class Piece:
+    """A micro-batch, or a part of one, as its first forward ran it.
+
+    `source`: position of the micro-batch in the window. `outputs`: without a graph, until they are joined. `kept`: the
+    micro-batch and its outputs with their graph. `sizes`: samples in each part that the backward ran.
+    """
+
+    source: int
+    num_samples: int
+    beginning: Beginning
+    outputs: Outputs | None
+    kept: tuple[Nested, Outputs] | None = None
+    sizes: list[int] = field(default_factory=list)
+
+
+class Encoder:
+    """Runs `encode` on micro-batches, under autocast, and checks what it returns."""
+
+    def __init__(self, recipe: Recipe, encode: Encode, home: torch.device) -> None:
+        self.recipe = recipe
+        self.encode = encode
+        self.home = home
+
+    def __call__(self, micro_batch: Nested, num_samples: int) -> Outputs:
+        """The outputs of one micro-batch."""
+        if num_samples == 0:
+            raise ValueError("a micro-batch of the window holds no samples: leave it out")
+        with self.around_forward():
+            return outputs_of(self.encode(self.recipe.model, micro_batch), num_samples)
+
+    def around_forward(self) -> AbstractContextManager[Any]:
+        """The autocast that was asked for, to be entered."""
+        if torch.is_grad_enabled():
+            torch.clear_autocast_cache()  # an autocast around everything may hold weights that were cast without graph
+        if isinstance(self.recipe.autocast, torch.dtype):
+            return torch.autocast(self.home.type, dtype=self.recipe.autocast)
+        return self.recipe.autocast or nullcontext()
+
+
+class FirstForwards:
+    """The pieces of one window, in order, and the graphs that are kept of them.
+
+    `num_let_go`: how often graphs were let go to make room.
+    """
+
+    def __init__(self, encoder: Encoder, replay: Replay, moment: Moment, device: torch.device | None) -> None:
+        self.encoder = encoder
+        self.replay = replay
+        self.pieces: list[Piece] = []
+        self.num_let_go = 0
+        self._moment = moment  # remembered before each attempt by the recovery
+        self._device = device
+
+    def run(self, window: Window, keep: int, recovery: Recovery, reduction: GradientReduction) -> None:
+        """`pieces` holds the outputs of every micro-batch, and the graphs of the last `keep` of them."""
+        self.pieces = []
+        first_kept = len(window) - keep if keep > 1 else None  # with one or none a window may fill while it runs
+        for source, (micro_batch, n, is_last) in enumerate(on_device(window.sized(), self._device)):
+            keeps = keep > 0 and (is_last if first_kept is None else source >= first_kept)
+
+            def step(attempt: Attempt, source: int = source, keeps: bool = keeps) -> None:
+                reduction.announce(False, is_retry=recovery.retries > 0)
+                piece = self._piece(attempt, source, keeps)
+                if piece is None:  # the error is gone, and with it what it held; so are the kept graphs
+                    self._moment.restore()
+                    piece = self._piece(attempt, source, keeps)
+                assert piece is not None
+                self.pieces.append(piece)
+
+            recovery.run(micro_batch, n, is_last, step)
+            del micro_batch
+
+    def _piece(self, attempt: Attempt, source: int, keeps: bool) -> Piece | None:
+        """None if it ran out of memory while graphs were kept, which now are not."""
+        try:
+            with torch.set_grad_enabled(keeps), self.replay.first() as beginning:
+                outputs = self.encoder(attempt.micro_batch, attempt.num_samples)
+        except RuntimeError as error:
+            if not (is_out_of_memory(error) and self.holds_graphs):
+                raise
+        else:
+            kept = (attempt.micro_batch, outputs) if keeps else None
+            return Piece(source, attempt.num_samples, beginning, outputs.detached(), kept)
+        self.let_graphs_go()
+        return None
+
+    @property
+    def holds_graphs(self) -> bool:
+        """Whether some graph is kept."""
+        return any(piece.kept is not None for piece in self.pieces)
+
+    def let_graphs_go(self) -> None:
+        """No graph is kept: their memory is free, and their forwards will run again."""
+        for piece in self.pieces:
+            piece.kept = None
+        self.num_let_go += 1
+        gc.collect()
+        if self.encoder.home.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def gather(self, ranks: Ranks) -> tuple[Outputs, slice]:
+        """The outputs of the effective batch, and which of its rows are this rank's; pieces keep none."""
+        parts = [piece.outputs for piece in self.pieces if piece.outputs is not None]
+        for piece in self.pieces:
+            piece.outputs = None
+        return gathered(joined(parts) if parts else Outputs(None, [], 0), ranks)
