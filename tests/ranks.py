@@ -484,6 +484,47 @@ def out_of_memory_is_recovered_with_gradients_as_bucket_views(world: int) -> Non
     recovered_everywhere(world, gradient_as_bucket_view=True)
 
 
+def micro_batches_are_measured_over_all_ranks(world: int) -> None:
+    batch, sizes = everything(sum(sizes_for(world))), sizes_for(world)
+    pieces = [share for size in sizes for share in [size // 2, size - size // 2]]  # as micro_batch_size cuts them
+    model = tagger()
+    whole = expected_for(model, batch)
+    weights, norms, squares = [], [], []
+    start = 0
+    for size in pieces:
+        part = {key: value[start : start + size] for key, value in batch.items()}
+        start += size
+        weights.append(float((part["labels"] != -100).sum()))
+        g = expected_for(model, part)
+        norms.append(sum(float(x.square().sum()) for x in g if x is not None))
+        squares.append([None if x is None else x.square() for x in g])
+    w = [weight / sum(weights) for weight in weights]
+    for replica in (DDP(model), DDP(model, gradient_as_bucket_view=True), model):
+        accumulator = mb.Accumulator(replica, token_sum, measure="squares")
+        for _ in range(2):
+            clear(model)
+            mine = share_of(batch, sizes)
+            half = len(mine["tokens"]) // 2
+            window = mb.Window([{k: v[:half] for k, v in mine.items()}, {k: v[half:] for k, v in mine.items()}])
+            report = accumulator.run(window)
+            close(gradients(model), whole)
+            moments = report.moments
+            assert moments is not None
+            assert report.mean_squares is not None
+            assert int(moments.num_micro_batches) == len(pieces)
+            expected = sum(a * b for a, b in zip(w, norms, strict=True))
+            assert abs(float(moments.mean_squared_norm) / expected - 1) < 1e-11
+            total = sum(float(x.square().sum()) for x in whole if x is not None)
+            assert abs(float(moments.squared_norm) / total - 1) < 1e-11
+            expected = sum(a * a / n for a, n in zip(w, pieces, strict=True))
+            assert abs(float(moments.weighted_inverse_size) / expected - 1) < 1e-11
+            means = [
+                None if column[0] is None else sum(a * b for a, b in zip(w, column, strict=True))
+                for column in zip(*squares, strict=True)
+            ]
+            close(list(report.mean_squares), means)
+
+
 def control_the_textbook_loop_is_wrong_by_more_than_a_tenth(world: int) -> None:
     batch, sizes = everything(sum(sizes_for(world))), sizes_for(world)
     model = tagger()

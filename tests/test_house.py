@@ -23,23 +23,34 @@ PACKAGE = ROOT / "src" / "macrobatch"
 # A folder (cli, tasks, integrations) is one entry; inside it imports are free. A new module must be entered here.
 LEVELS = (
     # L0 values
-    ("containers", "distributed", "gradients", "leaves", "unscaling", "sizing", "storages", "speed"),
+    ("containers", "distributed", "gradients", "leaves", "unscaling", "sizing", "storages", "speed", "moments"),
     ("structure", "state", "memory", "substitution"),
-    ("batch", "devices", "budget", "prediction"),
+    # normalising over a window: decision 0004
+    ("strands", "offload", "norm_calls", "norm_conversion", "coupling", "joint_norm"),
+    ("meeting", "pooled_norm"),
+    ("lockstep",),
+    ("batch", "devices", "budget", "prediction", "gathering", "replay"),
     ("grouping", "weighting", "recording"),
     ("criteria", "tally", "report", "rehearsal", "update_memory"),
-    ("recovery",),
+    ("recovery", "measuring", "seeds"),
     ("fitting", "auto_size"),
     # What a size needs is known before anything runs, so it stands below what runs: decision 0002.
     ("checkpointing",),
-    ("planning",),
+    ("planning", "arguments"),
+    ("searching",),
     # L1 mechanism
     ("window_pass",),
     ("accumulator", "loops", "update"),
+    ("row_blocks", "gathered_forward"),
+    ("gathered_loss", "gathered_backward"),
+    ("gathered_window",),
     ("epoch",),
+    # What scaling_rules and warmup stand on.
+    ("scaling_families", "schedulers"),
+    ("scaling_changes",),
     # L2 policies: one level, so that they never import one another
     (
-        *("scaling_rules", "schedule", "noise", "spikes"),
+        *("scaling_rules", "warmup", "schedule", "noise", "spikes"),
         *("batchnorm", "contrastive", "packing", "sharpness", "verify"),
     ),
     ("__init__",),
@@ -49,7 +60,7 @@ LEVELS = (
 )
 LEVEL_OF = {entry: level for level, entries in enumerate(LEVELS) for entry in entries}
 # Values that are explained where they are used: on the page of another module.
-PAGE_OF = {"report": "accumulator", "criteria": "weighting", "structure": "batch", "grouping": "batch"}
+PAGE_OF = {"report": "accumulator", "criteria": "weighting", "structure": "batch", "grouping": "batch", "warmup": "scaling_rules"}
 EDGES = ("tasks", "integrations", "cli")  # need extras: never re-exported by the package
 
 # `.chunk(` is torch's own method.

@@ -11,32 +11,32 @@ gradient of the sum over the effective batch. Only then are they divided, once, 
 For a mean over samples whose number is known beforehand the seed is 1 / total itself, and the last line is left out.
 """
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
-from torch.nn.modules.loss import _Loss
 from torch.utils.data import DataLoader
 
 from macrobatch import structure
+from macrobatch.arguments import check_loss_fn, limit_of
 from macrobatch.auto_size import AutoSize, refuse_coupled
-from macrobatch.batch import Cut, NumSamples, Window, check_size
+from macrobatch.batch import Cut, NumSamples, Window
 from macrobatch.devices import on_device
 from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks
 from macrobatch.gradients import Frozen, WindowGradients, modules_of, multiply_
 from macrobatch.grouping import Windows
-from macrobatch.planning import plan
+from macrobatch.measuring import Measure, check_measure
 from macrobatch.recovery import Attempt, Recovery, RunAgain
 from macrobatch.report import Report
-from macrobatch.sizing import SizeLimit
+from macrobatch.searching import begin_search
+from macrobatch.seeds import Learned
 from macrobatch.state import Moment, buffer_slots
 from macrobatch.structure import Nested
 from macrobatch.tally import CountFn
 from macrobatch.unscaling import Unscaler
-from macrobatch.window_pass import Autocast, Learned, LossFn, Recipe, WindowPass
+from macrobatch.window_pass import Autocast, LossFn, Recipe, WindowPass
 
 
 class Accumulator:
@@ -52,6 +52,7 @@ class Accumulator:
     `frozen`: modules that the loss passes through untrained (the discriminator in a generator's turn).
     `autocast`: a dtype, or a context manager that can be entered again, around each call of `loss_fn`.
     `scaler`: a GradScaler; scaled and unscaled inside `run`, updated by `apply_update`.
+    `measure`: "norms" of each micro-batch's own gradient, as `Report.moments`; "squares" adds `Report.mean_squares`.
     `device`: where micro-batches travel; None is where the parameters are.
     `grad_dtype`: see `gradients.WindowGradients`; None sums low precision in float32, ends in the parameter's dtype.
     `cut(batch, start, stop)` and `num_samples(batch)`: for batches that are not nested tensors, batch dimension first.
@@ -69,21 +70,18 @@ class Accumulator:
         frozen: Sequence[nn.Module] = (),
         autocast: Autocast = None,
         scaler: GradScaler | None = None,
+        measure: Measure | None = None,
         device: torch.device | str | None = None,
         grad_dtype: torch.dtype | None = None,
         cut: Cut | None = None,
         num_samples: NumSamples | None = None,
         process_group: GroupChoice = AUTO,
     ) -> None:
-        if isinstance(loss_fn, _Loss):
-            raise ValueError(
-                f"a loss_fn takes (model, micro_batch), a {type(loss_fn).__name__} takes (outputs, targets): give "
-                "macrobatch.sum_loss(criterion), which makes it one for (inputs, targets) batches"
-            )
-        _check_signature(loss_fn)
+        check_loss_fn(loss_fn)
         self.model = model
         self.loss_fn = loss_fn
-        self._limit = _limit(micro_batch_size, max_memory)
+        self._limit = limit_of(micro_batch_size, max_memory)
+        self._measure = check_measure(measure)
         self._max_memory = max_memory
         self._modules = modules_of(model) + ([loss_fn] if isinstance(loss_fn, nn.Module) else [])
         self._window_start, self._micro_batch_start = Moment(), Moment()
@@ -106,8 +104,9 @@ class Accumulator:
         what `p.grad` holds; otherwise gradients left from before are a ValueError. Under a process group every rank
         calls it, with its own samples, or with `Window([])`. If it raises, gradients are as before.
         """
-        with Frozen(self._frozen), WindowGradients(self._modules, self._grad_dtype, add) as gradients:
-            pass_ = WindowPass(self._recipe, self._learned, gradients.parameters)
+        apart = self._measure is not None
+        with Frozen(self._frozen), WindowGradients(self._modules, self._grad_dtype, add, apart) as gradients:
+            pass_ = WindowPass(self._recipe, self._learned, gradients.parameters, self._measure)
             window, everyone_runs = self._agree_on_window(batch, pass_.ranks)
             pass_.count(window)
             recovery = self._recovery(pass_)
@@ -123,6 +122,7 @@ class Accumulator:
                 for group, share in reduction.finish(gradients.parameters, sums):
                     self._unscaler.unscale_(group)
                     multiply_(group, pass_.factor(share))
+            pass_.measured(sums)
             gradients.finish(sums)
             report = pass_.report(recovery.retries)
         self._learned.has_run = True
@@ -148,6 +148,7 @@ class Accumulator:
             stopwatch = self._limit.stopwatch(pass_.home)
             for micro_batch, num_samples, is_last in on_device(window.sized(), pass_.device):
                 recovery.run(micro_batch, num_samples, is_last, step)
+                pass_.measure(gradients)
                 gradients.absorb()
                 pass_.refuse_strays()
                 if stopwatch is not None:
@@ -179,7 +180,7 @@ class Accumulator:
         window = Window([])
         try:
             window = self._window(batch)
-            has_one = any(True for _ in window)  # draws the first micro-batch
+            has_one = next(window.sized(), None) is not None  # draws the first micro-batch
         except Exception as bad_input:
             if ranks.size == 1:
                 raise
@@ -200,8 +201,19 @@ class Accumulator:
         if isinstance(self._limit, AutoSize):
             refuse_coupled(self._everything)
             if not self._limit.has_begun:
-                with torch.enable_grad():
-                    self._begin_search(self._limit, batch)
+                begin_search(
+                    self._limit,
+                    self.model,
+                    self.loss_fn,
+                    batch,
+                    max_memory=self._max_memory,
+                    device=self._recipe.device,
+                    autocast=self._recipe.autocast,
+                    frozen=self._frozen,
+                    grad_dtype=self._grad_dtype,
+                    cut=self._cut,
+                    num_samples=self._num_samples,
+                )
         largest = self._limit.current
         if isinstance(batch, Window):
             return batch if largest is None else batch.cut(largest, cut=self._cut)
@@ -211,30 +223,6 @@ class Accumulator:
                 "micro_batch_size to cut batches, or give run a Window([micro_batch, ...])"
             )
         return Window.of_parts(batch, largest, self._cut, self._num_samples)
-
-    def _begin_search(self, limit: AutoSize, batch: Nested) -> None:
-        sample, n = batch, 0
-        if isinstance(batch, Window):
-            sample, n = max(batch.fill().sized(), key=lambda sized: sized[1], default=(None, 0))
-            if n == 0:
-                return  # an idle rank: the next window will tell
-        n = n or self._num_samples(batch)
-        recipe = self._recipe
-        found = plan(
-            self.model,
-            self.loss_fn,
-            sample,
-            batch_size=n * Ranks.of(AUTO).size,
-            max_memory=self._max_memory,
-            device=recipe.device,
-            measure_speed=False,
-            autocast=recipe.autocast,
-            frozen=self._frozen,
-            grad_dtype=self._grad_dtype,
-            cut=self._cut,
-            num_samples=self._num_samples,
-        )
-        limit.begin(found.micro_batch_size, n)
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned on the way: sizes that fit and are fast, the seed. Plain numbers, for any checkpoint."""
@@ -251,30 +239,3 @@ class Accumulator:
     def micro_batch_size(self) -> int | None:
         """The most samples in one forward and backward at present; None takes windows as they come."""
         return self._limit.current
-
-
-def _check_signature(loss_fn: LossFn) -> None:
-    """ValueError if `loss_fn` cannot be called with (model, micro_batch)."""
-    called = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
-    try:
-        inspect.signature(called).bind("model", "micro_batch")
-    except TypeError as error:
-        raise ValueError(
-            f"loss_fn must be callable with (model, micro_batch), and a {type(loss_fn).__name__} is not: {error}. "
-            "Were model and loss_fn swapped?"
-        ) from None
-    except ValueError:
-        pass  # some builtins have no signature
-
-
-def _limit(micro_batch_size: int | Literal["auto"] | None, max_memory: int | str | None) -> SizeLimit:
-    if micro_batch_size == "auto":
-        return AutoSize()
-    if max_memory is not None:
-        raise ValueError(
-            f"max_memory={max_memory!r} goes with micro_batch_size='auto', got {micro_batch_size!r}; to enforce one "
-            "run inside memory_limit(...)"
-        )
-    if isinstance(micro_batch_size, str):
-        raise ValueError(f"micro_batch_size must be an integer of at least 1, 'auto' or None, got {micro_batch_size!r}")
-    return SizeLimit(None if micro_batch_size is None else check_size(micro_batch_size))

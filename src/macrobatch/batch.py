@@ -65,7 +65,9 @@ class Window:
     ) -> "Window":
         """`batch` cut into micro-batches of at most `largest` samples, sizes differing by at most one (25, 25, 25)."""
         sizes = even_sizes(num_samples(batch), check_size(largest))
-        return cls.of_sized(zip(cut_batch(batch, sizes, own_cut), sizes, strict=True)).fill()
+        window = cls.of_sized(())
+        window._filled, window._sizes, window._source = cut_batch(batch, sizes, own_cut), sizes, None
+        return window
 
     def __iter__(self) -> Iterator[Nested]:
         return (micro_batch for micro_batch, _ in self.sized())

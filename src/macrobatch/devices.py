@@ -40,6 +40,15 @@ def on_device(
         yield transfer.finish(started), size, True
 
 
+def _is_on(node: Nested, device: torch.device) -> bool:
+    """Whether all tensors of `node` are there; asked for every micro-batch, so the common leaf comes first."""
+    if type(node) is Tensor:
+        return node.device == device
+    if type(node) is tuple:
+        return all(_is_on(child, device) for child in node)
+    return all(leaf.device == device for leaf in tensors(node))
+
+
 class _Transfer:
     """Copies to a device; from pinned memory to CUDA on a side stream, so that they overlap with computing."""
 
@@ -49,7 +58,7 @@ class _Transfer:
 
     def start(self, micro_batch: Nested) -> tuple[Nested, torch.cuda.Event | None]:
         device, stream = self._device, self._stream
-        if device is None or all(leaf.device == device for leaf in tensors(micro_batch)):
+        if device is None or _is_on(micro_batch, device):
             return micro_batch, None
         if stream is None:
             return map_tensors(micro_batch, lambda leaf: leaf.to(device)), None

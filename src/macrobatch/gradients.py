@@ -68,21 +68,29 @@ class WindowGradients:
 
     On entry leftover gradients are an error, unless `add`: then they are set aside and added unchanged by `finish`.
     `grad_dtype=None` accumulates low-precision parameters in float32 and ends in the parameter's dtype; any other
-    value accumulates and ends in that dtype.
+    value accumulates and ends in that dtype. With `apart` each micro-batch's gradient stands alone in `p.grad` until
+    `absorb`, to be measured: one more copy of the gradients.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], grad_dtype: torch.dtype | None = None, add: bool = False) -> None:
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        grad_dtype: torch.dtype | None = None,
+        add: bool = False,
+        apart: bool = False,
+    ) -> None:
         self.parameters = trainable(modules)
         self._modules = modules
         self._final_dtype = grad_dtype
         self._add = add
-        self._widened = [p for p in self.parameters if _accumulation_dtype(p, grad_dtype) != gradient_dtype(p)]
-        self._sums: dict[int, Tensor] = {}  # by id of the parameter, where autograd cannot accumulate in float32 itself
+        self._widened = [p for p in self.parameters if not _accumulates_as_it_is(p, grad_dtype)]
+        self._apart = self.parameters if apart else [] if HAS_GRAD_DTYPE else self._widened
+        self._sums: dict[int, Tensor] = {}  # by id of the parameter, for those that autograd does not add up itself
 
     @property
     def match_parameters(self) -> bool:
-        """Whether every gradient is accumulated in the dtype of its parameter, as DDP's buckets need."""
-        return not self._widened and all(gradient_dtype(p) == p.dtype for p in self.parameters)
+        """Whether autograd adds up every gradient in the dtype of its parameter, as DDP's buckets need."""
+        return not self._widened and not self._apart and all(gradient_dtype(p) == p.dtype for p in self.parameters)
 
     def __enter__(self) -> "WindowGradients":
         refuse_step_hooks(self.parameters, self._modules)
@@ -123,15 +131,22 @@ class WindowGradients:
                 p.grad = before.zero_()  # it was zero on entry
 
     def absorb(self) -> None:
-        """After each backward: this micro-batch's gradients are in the window's sum. Does nothing with `grad_dtype`."""
-        if HAS_GRAD_DTYPE:
-            return
-        for p in self._widened:
-            if p.grad is not None:
-                total = self._sums.get(id(p))
-                wide = _accumulation_dtype(p, self._final_dtype)
-                self._sums[id(p)] = p.grad.to(wide) if total is None else total.add_(p.grad)
-                p.grad = None
+        """After each micro-batch: its gradients are in the window's sum, where autograd has not added them itself."""
+        arrived = [(p, p.grad) for p in self._apart if p.grad is not None]
+        totals, gradients = [], []
+        for p, gradient in arrived:
+            p.grad = None
+            total = self._sums.get(id(p))
+            if total is None:
+                wide = gradient.to(_accumulation_dtype(p, self._final_dtype))
+                self._sums[id(p)] = wide.clone() if shares_storage(wide) else wide
+            elif total.is_sparse or gradient.is_sparse:
+                self._sums[id(p)] = total + gradient
+            else:
+                totals.append(total)
+                gradients.append(gradient)
+        if totals:
+            torch._foreach_add_(totals, gradients)
 
     def sums(self) -> list[Tensor | None]:
         """What the window's backwards have added up, parameter by parameter; None where nothing arrived."""
@@ -178,6 +193,13 @@ def _accumulation_dtype(p: nn.Parameter, grad_dtype: torch.dtype | None) -> torc
     if grad_dtype is not None or own != p.dtype:
         return grad_dtype or own
     return torch.float32 if p.dtype in LOW_PRECISION else p.dtype
+
+
+def _accumulates_as_it_is(p: nn.Parameter, grad_dtype: torch.dtype | None) -> bool:
+    own = gradient_dtype(p)
+    if own is torch.float32 and grad_dtype is None and p.dtype is own:  # most of them: nothing to decide
+        return True
+    return _accumulation_dtype(p, grad_dtype) == own
 
 
 def gradient_dtype(p: nn.Parameter) -> torch.dtype:
@@ -236,6 +258,18 @@ def name_of(parameter: nn.Parameter, modules: Sequence[nn.Module]) -> str:
             if p is parameter:
                 return name
     return "(unnamed)"
+
+
+def norm_of(gradients: Iterable[Tensor | None]) -> Tensor:
+    """The 2-norm of all gradients as one vector, shape (), 0 without any, in float32 for those of low precision."""
+    values = [_values(g) for g in gradients if g is not None]
+    wide = [v for v in values if v.dtype not in LOW_PRECISION]
+    low = [v for v in values if v.dtype in LOW_PRECISION]
+    norms = list(torch._foreach_norm(wide, 2)) if wide else []
+    norms += torch._foreach_norm(low, 2, dtype=torch.float32) if low else []
+    if not norms:
+        return torch.tensor(0.0)
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
 def _values(gradient: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
+from macrobatch.moments import GradientMoments
 from macrobatch.weighting import Count
 
 
@@ -17,18 +18,21 @@ class Report:
     `loss`: shape (), the mean over the effective batch, on the device (reading it is the host sync); NaN without terms.
     `loss_weight`: what the sum was divided by, shape (), or `{name: shape ()}` for several denominators.
     `metrics`: `{name: mean}`, each of shape (). `micro_batch_sizes`: samples in each. `loss_weights`: as the loss_fn
-    gave them. `retries`: micro-batches that were run again. `parameters`, `scaler` and `process_group` are what
-    `apply_update` needs.
+    gave them. `retries`: micro-batches that were run again. `moments` (with `measure="norms"`): squared norms of the
+    micro-batches' gradients. `mean_squares` (with "squares"): parameter by parameter the elementwise mean of their
+    squares. `parameters`, `scaler` and `process_group` are what `apply_update` needs.
     """
 
     loss: Tensor
     loss_weight: Tensor | Mapping[str, Tensor]
     metrics: Mapping[str, Tensor]
-    sample_count: int | Tensor = field(repr=False)
+    sample_count: Count = field(repr=False)
     micro_batch_sizes: tuple[int, ...]
     loss_weights: tuple[Count, ...] = field(repr=False)
     parameters: tuple[nn.Parameter, ...] = field(repr=False)
     retries: int = 0
+    moments: GradientMoments | None = field(default=None, repr=False)
+    mean_squares: tuple[Tensor | None, ...] | None = field(default=None, repr=False)
     scaler: GradScaler | None = field(default=None, repr=False)
     process_group: dist.ProcessGroup | None = field(default=None, repr=False)
 

@@ -38,6 +38,8 @@ def num_samples(batch: Nested) -> int:
 
     Raises ValueError, naming the leaves and their shapes, if they do not share one.
     """
+    if (n := _rows_of_record(batch)) is not None:
+        return n
     stacked = next((n for n in _first_dimensions(batch) if _fits(batch, n)), None)
     lengths = dict.fromkeys(len(node) for node in _lists(batch) if has_rows(node))
     listed = [n for n in lengths if n != stacked and _fits(batch, n)]
@@ -56,13 +58,13 @@ def split(batch: Nested, sizes: Sequence[int], *, n: int | None = None) -> list[
     """
     if n is None:
         n = num_samples(batch)
-    elif not _fits(batch, n):
+    elif _rows_of_record(batch) != n and not _fits(batch, n):
         raise ValueError(f"{_misfit_message(batch)} (num_samples= says {n}; own batches need cut= too)")
     if sum(sizes) != n or min(sizes, default=0) < 0:
         raise ValueError(f"sizes {list(sizes)} do not divide the batch, which has {n} samples")
     if not sizes:
         return []
-    return _split(batch, sizes, _lists_of_samples(batch, n))
+    return _split(batch, sizes, _lists_of_samples(batch, n) if _rows_of_record(batch) is None else set())
 
 
 def cut(batch: Nested, start: int, stop: int) -> Nested:
@@ -98,6 +100,15 @@ def even_sizes(n: int, largest: int) -> list[int]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How many samples
+
+
+def _rows_of_record(batch: Nested) -> int | None:
+    """How many rows each leaf has in a plain tuple or dict of nothing but tensors with as many; None for any other."""
+    values = batch if type(batch) is tuple else tuple(batch.values()) if type(batch) is dict else ()
+    if not values or any(type(leaf) is not Tensor or not leaf.ndim or is_opaque(leaf) for leaf in values):
+        return None
+    n: int = len(values[0])
+    return n if n and all(len(leaf) == n for leaf in values) else None
 
 
 def _first_dimensions(batch: Nested) -> Iterator[int]:

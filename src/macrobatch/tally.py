@@ -23,45 +23,59 @@ class Tally:
 
     sizes: list[int] = field(default_factory=list)
     weights: list[Count] = field(default_factory=list)
-    columns: dict[str, list[Part]] = field(default_factory=dict)
+    _sums: list[tuple[dict[str, Count], int]] = field(default_factory=list)  # by name, and how often they count
+    _metrics: list[dict[str, Count]] = field(default_factory=list)
+    _seen: int = 0
 
     def add(self, terms: Terms, num_samples: int) -> None:
         """One micro-batch of `num_samples` samples is counted; if an allocation here fails, nothing of it is."""
-        columns: dict[str, Part] = {f"metric {name}": (_kept(value), 1) for name, value in terms.metrics.items()}
-        for name, value in terms.sums.items():  # where there are no terms, their sum may be NaN
-            columns[f"sum {name}"] = (0.0 if terms.is_empty else _kept(value), terms.multiplier)
+        is_empty = terms.is_empty  # then its sum may be NaN
+        sums = {name: 0.0 if is_empty else _kept(value) for name, value in terms.sums.items()}
+        metrics = {name: _kept(value) for name, value in terms.metrics.items()} if terms.metrics else {}
+        self._sums.append((sums, terms.multiplier))
+        if metrics:
+            self._metrics.append(metrics)
         self.sizes.append(num_samples)
         if terms.weight is not None:
             self.weights.append(terms.weight)
-        for name, part in columns.items():
-            self.columns.setdefault(name, []).append(part)
+
+    def columns(self) -> dict[str, list[Part]]:
+        """What was added, by "sum name" and "metric name"."""
+        columns: dict[str, list[Part]] = {}
+        for sums, multiplier in self._sums:
+            for name, value in sums.items():
+                columns.setdefault(f"sum {name}", []).append((value, multiplier))
+        for metrics in self._metrics:
+            for name, value in metrics.items():
+                columns.setdefault(f"metric {name}", []).append((value, 1))
+        return columns
+
+    def since_last(self) -> tuple[list[int], list[Count]]:
+        """Sizes and weights of what was added since this was called last."""
+        since, self._seen = self._seen, len(self.sizes)
+        return self.sizes[since:], self.weights[since:]
 
     def totals(self, ranks: Ranks, names: Iterable[str], device: torch.device) -> "Totals":
-        """Everything summed over the window and over ranks, as float64 of shape () on `device`; no host sync.
+        """Everything summed over the window and over ranks: numbers where that costs no host sync, else of shape ().
 
         `names`: the columns that any rank has, the same on every rank. ValueError for a column beside them.
         """
         names = list(names)
-        for name in self.columns:
+        gathered = self.columns()
+        for name in gathered:
             if name not in names:
                 kind, short = name.split(" ", 1)
                 raise ValueError(
                     f"the {kind} {short!r} is new: a loss_fn names the same sums and metrics in every window, "
                     f"here {[n.split(' ', 1)[1] for n in names]}"
                 )
-        parts = [total(self.columns.get(name, []), device) for name in names]
-        parts += [
-            total([(w, 1) for w in self.weights], device),
-            torch.tensor(float(sum(self.sizes)), dtype=torch.float64, device=device),
-        ]
-        summed = ranks.sum(torch.stack(parts)).unbind() if ranks.size > 1 else parts
-        *columns, weight, num_samples = summed
-        alone = ranks.size == 1
-        known_weight = None
-        if alone and not any(isinstance(w, Tensor) for w in self.weights):
-            known_weight = math.fsum(w for w in self.weights if not isinstance(w, Tensor))
-        by_name = dict(zip(names, columns, strict=True))
-        return Totals(by_name, weight, known_weight, sum(self.sizes) if alone else num_samples)
+        columns: list[Count] = [total(gathered.get(name, []), device) for name in names]
+        weight = total([(w, 1) for w in self.weights], device)
+        num_samples: Count = sum(self.sizes)
+        if ranks.size > 1:
+            everything = [as_scalar(part, device) for part in (*columns, weight, num_samples)]
+            *columns, weight, num_samples = list(ranks.sum(torch.stack(everything)))
+        return Totals(dict(zip(names, columns, strict=True)), weight, num_samples)
 
 
 def _kept(value: Count) -> Count:
@@ -72,32 +86,34 @@ def _kept(value: Count) -> Count:
     """
     if not isinstance(value, Tensor):
         return value
-    value = value.detach()
     if value.device.type == "cpu":
         return float(value.item())
+    value = value.detach()
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over the effective batch; every tensor has shape (). `known_weight`: the weight, where it took no tensor."""
+    """Sums over the effective batch; every tensor is float64 of shape ()."""
 
-    columns: dict[str, Tensor]
-    weight: Tensor
-    known_weight: float | None
-    num_samples: int | Tensor
+    columns: dict[str, Count]
+    weight: Count
+    num_samples: Count
 
-    def kind(self, kind: str) -> dict[str, Tensor]:
+    def kind(self, kind: str) -> dict[str, Count]:
         """The columns of one kind ("sum" or "metric") by their own names."""
-        return {name.split(" ", 1)[1]: value for name, value in self.columns.items() if name.startswith(f"{kind} ")}
+        start = len(kind) + 1
+        return {name[start:]: value for name, value in self.columns.items() if name.startswith(kind)}
 
 
-def total(parts: Sequence[Part], device: torch.device) -> Tensor:
-    """The sum of value times multiplier, in float64, shape () on `device`; values are numbers or of shape ()."""
-    numbers = math.fsum(value * times for value, times in parts if not isinstance(value, Tensor))
-    scalars = [(value.to(device), times) for value, times in parts if isinstance(value, Tensor)]
+def total(parts: Sequence[Part], device: torch.device) -> Count:
+    """The sum of value times multiplier: a number if all values can be read without a sync, else of shape ()."""
+    numbers = _sum([value * times for part, times in parts if (value := known(part)) is not None])
+    scalars = [
+        (value.to(device), times) for value, times in parts if isinstance(value, Tensor) and known(value) is None
+    ]
     if not scalars:
-        return torch.tensor(numbers, dtype=torch.float64, device=device)
+        return numbers
     if any(value.dtype != scalars[0][0].dtype for value, _ in scalars):
         scalars = [(value.double(), times) for value, times in scalars]
     summands = torch.stack([value for value, _ in scalars]).double()
@@ -106,10 +122,29 @@ def total(parts: Sequence[Part], device: torch.device) -> Tensor:
     return summands.sum() + numbers
 
 
+def _sum(numbers: Sequence[float]) -> float:
+    try:
+        return math.fsum(numbers)
+    except (ValueError, OverflowError):  # infinities of both signs
+        return float(sum(numbers))
+
+
+def as_scalar(value: Count, device: torch.device) -> Tensor:
+    """The value as a tensor of shape (), float64 unless it was one already."""
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device=device)
+
+
+def mean(total_: Count, divisor: Count) -> Count:
+    """`total_ / divisor`: NaN where there was nothing to average."""
+    if isinstance(total_, Tensor) or isinstance(divisor, Tensor):
+        return total_ / divisor
+    return total_ / divisor if divisor else math.nan
+
+
 def count_window(
     window: Iterable[Nested], count: CountFn, ranks: Ranks, device: torch.device
-) -> tuple[dict[str, Tensor], int]:
-    """Each denominator over the window and over ranks, shape () on `device`, and the number of micro-batches in all.
+) -> tuple[dict[str, Count], int]:
+    """Each denominator over the window and over ranks, and the number of micro-batches in all.
 
     Called before the first forward, so that every loss can be divided by its own total.
     """
@@ -122,14 +157,14 @@ def count_window(
             columns.setdefault(name, []).append((checked_count(value, f"count of {name!r}"), 1))
     names = ranks.union(columns)
     parts = [total(columns.get(name, []), device) for name in names]
-    parts.append(torch.tensor(float(num_micro_batches), dtype=torch.float64))
     if ranks.size == 1:
-        return dict(zip(names, parts, strict=False)), num_micro_batches
-    *summed, everywhere = ranks.sum(torch.stack([part.to(device) for part in parts])).unbind()
+        return dict(zip(names, parts, strict=True)), num_micro_batches
+    everything = [as_scalar(part, device) for part in (*parts, num_micro_batches)]
+    *summed, everywhere = ranks.sum(torch.stack(everything)).unbind()
     return dict(zip(names, summed, strict=True)), int(everywhere)
 
 
-def denominator(name: str, totals: Mapping[str, Tensor]) -> Tensor:
+def denominator(name: str, totals: Mapping[str, Count]) -> Count:
     """The total that the loss called `name` is divided by: its own, or the only one there is."""
     if name in totals:
         return totals[name]

@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import LBFGS, Optimizer
 
 from macrobatch.distributed import Ranks
-from macrobatch.gradients import LOW_PRECISION
+from macrobatch.gradients import norm_of
 from macrobatch.report import Report
 
 
@@ -49,7 +49,7 @@ def apply_update(
     owned = {id(p): p for each in optimizers for group in each.param_groups for p in group["params"]}
     parameters = list(owned.values())  # each once: optimizers may share some
     _refuse_strangers(parameters, report)
-    grad_norm = gradient_norm(parameters)
+    grad_norm = norm_of(p.grad for p in parameters)
     has_gradients = any(p.grad is not None for p in parameters)
     applied = (nonfinite == "ignore" or _may_step(grad_norm, report)) and has_gradients
     if applied:
@@ -71,16 +71,6 @@ def _refuse_strangers(parameters: Sequence[nn.Parameter], report: Report | None)
             f"the optimizer holds {len(parameters)} parameters, none of the {len(trained)} that this window has "
             "gradients for: it would change nothing. Give the optimizer of the accumulator's model"
         )
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The 2-norm of all gradients as one vector, shape (), 0 without any, in float32 for those of low precision."""
-    gradients = [_values(p.grad) for p in parameters if p.grad is not None]
-    low = [g for g in gradients if g.dtype in LOW_PRECISION]
-    if low:
-        norms = torch._foreach_norm(low, 2, dtype=torch.float32)
-        gradients = [*norms, *(g for g in gradients if g.dtype not in LOW_PRECISION)]
-    return get_total_norm(gradients)
 
 
 def _may_step(grad_norm: Tensor, report: Report | None) -> bool:
@@ -109,10 +99,6 @@ def _update_scaler(scaler: GradScaler) -> None:
 def _drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
     for p in parameters:
         p.grad = None
-
-
-def _values(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _checked(optimizer: Any) -> list[Optimizer]:

@@ -55,6 +55,8 @@ class Terms:
 
 def terms_of(output: Any, num_samples: int, has_count: bool) -> Terms:
     """What a loss_fn returned, in normal form, checked. ValueError with the forms for anything else."""
+    if type(output) is Tensor and not has_count and not output.ndim:  # the common case, for every micro-batch
+        return Terms({LOSS: output}, num_samples, num_samples, {}, is_mean=True)
     loss = output if isinstance(output, Loss) else _as_loss(output, num_samples, has_count)
     named = isinstance(loss.sum, Mapping)
     given: Mapping[str, Any] = loss.sum if isinstance(loss.sum, Mapping) else {LOSS: loss.sum}
@@ -127,6 +129,8 @@ def checked_count(weight: Any, name: str) -> Count:
 
 def known(weight: Count) -> float | None:
     """The value of a count where reading it costs no host sync, else None."""
+    if type(weight) is float:
+        return weight
     if isinstance(weight, Tensor):
         return float(weight.item()) if weight.device.type == "cpu" else None
     return float(weight)

@@ -1,7 +1,7 @@
 """One window on its way: forward, backward with the seed, and in the end the totals, the factor and the Report."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,15 +12,18 @@ from torch import Tensor, nn
 from macrobatch.batch import Window
 from macrobatch.devices import device_of
 from macrobatch.distributed import GradientReduction, GroupChoice, Ranks, is_distributed
-from macrobatch.gradients import LOW_PRECISION, ddp_modules
+from macrobatch.gradients import WindowGradients, ddp_modules
 from macrobatch.leaves import StrayLeaves, has_nested_backward
+from macrobatch.measuring import Measure, Measurement
+from macrobatch.moments import GradientMoments
 from macrobatch.recovery import Attempt
 from macrobatch.report import Report
+from macrobatch.seeds import Learned, Seeds
 from macrobatch.state import coupled_layer
 from macrobatch.structure import Nested
-from macrobatch.tally import CountFn, Tally, count_window, denominator, ratio
+from macrobatch.tally import CountFn, Tally, as_scalar, count_window, denominator, mean
 from macrobatch.unscaling import Unscaler
-from macrobatch.weighting import LOSS, Terms, checked_count, refuse_bare_token_mean, terms_of
+from macrobatch.weighting import LOSS, Count, Terms, checked_count, refuse_bare_token_mean, terms_of
 
 LossFn = Callable[[Any, Nested], Any]
 Autocast = torch.dtype | AbstractContextManager[Any] | None
@@ -41,20 +44,12 @@ class Recipe:
     process_group: GroupChoice
 
 
-@dataclass
-class Learned:
-    """What the first windows of an accumulator told about the loss."""
-
-    names: tuple[str, ...] | None = None  # of sums and metrics, the same on every rank
-    exponent: int | None = None  # of the seed, the same on every rank
-    has_run: bool = False  # whether a window went through `run`: the first one is looked at more closely
-    knows_leaves: bool = False  # whether a loss graph was searched for trainable tensors outside of the model
-
-
 class WindowPass:
     """One window's way through an accumulator: what is known of it, and what has been added up so far."""
 
-    def __init__(self, recipe: Recipe, learned: Learned, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self, recipe: Recipe, learned: Learned, parameters: Sequence[nn.Parameter], measure: Measure | None = None
+    ) -> None:
         if not parameters:
             raise ValueError("the model has no parameter that requires a gradient")
         self.recipe = recipe
@@ -67,25 +62,27 @@ class WindowPass:
         self._autocast = _around_forward(recipe.autocast, self.home)
         self._is_first = not learned.has_run
         self._tally = Tally()
-        self._counts: dict[str, Tensor] | None = None
-        self._seeds: dict[Any, Tensor] = {}
-        self._num_samples = 0  # of the effective batch, where known beforehand
-        self._next_exponent: int | None = None
-        self._unit = 0.0  # what one term counts for in the seeds, from the first backward on
+        self._counts: dict[str, Count] | None = None
+        self._seeds = Seeds(learned, self.ranks, recipe.unscaler)
         self._strays: StrayLeaves | None = None
+        self._measurement = None if measure is None else Measurement(measure, self.ranks, self.home)
+        self._moments: GradientMoments | None = None
+        self._mean_squares: tuple[Tensor | None, ...] | None = None
 
     def count(self, window: Window) -> None:
         """With `count=`, every denominator is known from here on; else perhaps the number of samples."""
         count = self.recipe.count
         if count is None and window.is_filled and self.ranks.size == 1:
-            self._num_samples = window.num_samples
+            self._seeds.know_samples(window.num_samples)
         if count is not None:
             self._counts, num_micro_batches = count_window(window, count, self.ranks, self.home)
-            self._num_micro_batches = 2.0 ** round(math.log2(max(num_micro_batches, 1)))
+            self._seeds.know_counts(self._counts, num_micro_batches)
 
     def restart(self) -> None:
         """Nothing has been added up yet."""
         self._tally = Tally()
+        if self._measurement is not None:
+            self._measurement.restart()
 
     def forward(self, micro_batch: Nested, num_samples: int) -> Terms:
         """The loss of one micro-batch in normal form, tallied."""
@@ -127,13 +124,13 @@ class WindowPass:
                     f"the {name} does not depend on any trainable parameter (it requires no gradient): was it "
                     "detached, or computed under torch.no_grad()? For a micro-batch without terms return (0, 0)"
                 )
-        self.agree_on_exponent(terms)
+        self._seeds.agree(terms.weight)
         losses = list(terms.sums.values())
         if not self.learned.knows_leaves and self._strays is None:
             self._strays = StrayLeaves(losses, self.parameters, self.recipe.loss_fn)
         if attempt.inputs == []:
             return  # every parameter has its gradient from before the micro-batch ran out of memory
-        seeds = [self._seed(name, terms) for name in terms.sums]
+        seeds = [self._seeds.of(name, terms) for name in terms.sums]
         attempt.started_backward = True
         torch.autograd.backward(losses, seeds, inputs=attempt.inputs)
 
@@ -143,31 +140,23 @@ class WindowPass:
             self._strays.refuse_survivors()
             self._strays, self.learned.knows_leaves = None, True
 
-    def agree_on_exponent(self, terms: Terms | None = None) -> None:
-        """The seed is known, on all ranks alike: 2**-exponent is near 1 / (terms in a micro-batch)."""
-        if self.learned.exponent is None:
-            size = 1.0 if terms is None or terms.weight is None else float(terms.weight)  # the one read of a weight
-            exponent = round(math.log2(max(size, 1.0)))
-            self.learned.exponent = int(self.ranks.maximum(torch.tensor(exponent)))
+    def agree_on_exponent(self) -> None:
+        """Every rank has taken part in agreeing on the seed, also one without a backward."""
+        self._seeds.agree(None)
 
-    def _seed(self, name: str, terms: Terms) -> Tensor:
-        loss_sum = terms.sums[name]
-        key = (name, terms.multiplier, loss_sum.dtype, loss_sum.device)
-        if key not in self._seeds:
-            self._seeds[key] = self.recipe.unscaler.scale(self._seed_value(name, terms).to(loss_sum))
-        return self._seeds[key]
+    def measure(self, gradients: WindowGradients) -> None:
+        """After each micro-batch: its own gradients are measured, if that was asked for; parts of it count as one."""
+        if self._measurement is not None:
+            sizes, weights = self._tally.since_last()
+            weight = sum(sizes) if self._counts is not None else sum(weights)
+            self._measurement.add([p.grad for p in gradients.parameters], weight, sum(sizes))
 
-    def _seed_value(self, name: str, terms: Terms) -> Tensor:
-        if self._counts is not None:
-            share = ratio(self._num_micro_batches, denominator(name, self._counts))
-            return torch.as_tensor(share, dtype=torch.float64)
-        if not self._unit:
-            assert self.learned.exponent is not None
-            # A mean over samples whose number is known is divided right here, and needs no multiplication at the end;
-            # not in low precision, where only a power of two keeps the seed exact.
-            divides = terms.is_mean and self._num_samples and terms.sums[name].dtype not in LOW_PRECISION
-            self._unit = 1 / self._num_samples if divides else 2.0**-self.learned.exponent
-        return torch.tensor(terms.multiplier * self._unit, dtype=torch.float64)
+    def measured(self, gradients: Sequence[Tensor | None]) -> None:
+        """What was measured is known for the whole window, whose gradients these are; before they change dtype."""
+        if self._measurement is not None:
+            factor, scale = self.factor(1), self.recipe.unscaler.scale(torch.ones((), device=self.home))
+            self._moments = self._measurement.moments(factor, scale, gradients)
+            self._mean_squares = self._measurement.mean_squares(factor, scale, gradients)
 
     def settle(self) -> None:
         """The totals over the window and over ranks are known."""
@@ -176,50 +165,55 @@ class WindowPass:
                 checked_count(weight.cpu() if isinstance(weight, Tensor) else weight, "loss_weight")
         if self.learned.names is None or self.ranks.size == 1:
             expected = [f"sum {name}" for name in self._counts or [LOSS]]
-            self.learned.names = self.ranks.union([*self._tally.columns, *expected])
+            self.learned.names = self.ranks.union([*self._tally.columns(), *expected])
         self._totals = self._tally.totals(self.ranks, self.learned.names, self.home)
-        self._relearn_exponent()
-
-    def _relearn_exponent(self) -> None:
-        """The next window's seed fits a typical micro-batch; the first of all may have been masked almost wholly."""
-        if self.ranks.size == 1 and (self._is_first or self.home.type == "cpu") and self._counts is None:
-            weight = float(self._totals.weight)
-            if weight > 0 and math.isfinite(weight):
-                self._next_exponent = round(math.log2(max(weight / len(self._tally.sizes), 1.0)))
+        if self.ranks.size == 1 and (self._is_first or self.home.type == "cpu"):
+            self._seeds.relearn(float(self._totals.weight), len(self._tally.sizes))
 
     def factor(self, share: int) -> float | Tensor:
         """What turns a gradient times the seed, times `share`, into that of the mean."""
-        if self._counts is not None:
-            return share / self._num_micro_batches
-        weight = self._totals.weight if self._totals.known_weight is None else self._totals.known_weight
-        assert self.learned.exponent is not None
-        unit = self._unit or 2.0**-self.learned.exponent  # a rank that had no backward reduces what the others had
-        return ratio(share / unit, weight)
+        return self._seeds.factor(share, self._totals.weight)
+
+    def _scalars(self, values: Mapping[str, Count]) -> dict[str, Tensor]:
+        return {name: as_scalar(value, self.home) for name, value in values.items()}
 
     def report(self, retries: int) -> Report:
         """What the window was, with every sum divided by its total."""
-        if self._next_exponent is not None and self.learned.exponent is not None:
-            self.learned.exponent = self._next_exponent
+        self._seeds.window_ended()
         counts = self._counts or {LOSS: self._totals.weight}
         sums = self._totals.kind("sum")
         divisors = {name: denominator(name, counts) for name in sums}
-        means = {name: value / divisors[name] for name, value in sums.items()}  # NaN where there was nothing to average
-        parts = torch.stack([mean.where(divisors[name] != 0, 0.0) for name, mean in means.items()])
-        has_terms = torch.stack([divisor != 0 for divisor in divisors.values()]).any()
+        means = {name: mean(value, divisors[name]) for name, value in sums.items()}
         by_default = next(iter(counts.values())) if len(counts) == 1 else self._totals.num_samples
-        metrics = {name: value / counts.get(name, by_default) for name, value in self._totals.kind("metric").items()}
+        metrics = {
+            name: mean(value, counts.get(name, by_default)) for name, value in self._totals.kind("metric").items()
+        }
+        weights = self._scalars(counts)
         return Report(
-            loss=parts.sum().where(has_terms, torch.nan),
-            loss_weight=counts if len(counts) > 1 else next(iter(counts.values())),
-            metrics={name: mean for name, mean in means.items() if name != LOSS} | metrics,
+            loss=as_scalar(_sum_of_means(means, divisors), self.home),
+            loss_weight=weights if len(weights) > 1 else next(iter(weights.values())),
+            metrics=self._scalars({name: value for name, value in means.items() if name != LOSS} | metrics),
             sample_count=self._totals.num_samples,
             micro_batch_sizes=tuple(self._tally.sizes),
             loss_weights=tuple(self._tally.weights),
             parameters=tuple(self.parameters),
             retries=retries,
+            moments=self._moments,
+            mean_squares=self._mean_squares,
             scaler=self.recipe.unscaler.scaler,
             process_group=self.ranks.group,
         )
+
+
+def _sum_of_means(means: Mapping[str, Count], divisors: Mapping[str, Count]) -> Count:
+    """The sum of those means that average over anything; NaN if none does."""
+    values = list(zip(means.values(), divisors.values(), strict=True))
+    if not any(isinstance(value, Tensor) for pair in values for value in pair):
+        there = [value for value, divisor in values if divisor]
+        return sum(there) if there else math.nan
+    parts = torch.stack([torch.as_tensor(value) for value, _ in values])
+    has_terms = torch.stack([torch.as_tensor(divisor) != 0 for _, divisor in values]).to(parts.device)
+    return parts.where(has_terms, 0.0).sum().where(has_terms.any(), torch.nan)
 
 
 def _around_forward(autocast: Autocast, device: torch.device) -> AbstractContextManager[Any]:
