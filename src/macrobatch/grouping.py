@@ -1,6 +1,6 @@
 """Windows from an existing loader: its micro-batches grouped by their number, or by the samples in them."""
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import islice
 
 from macrobatch import structure
@@ -8,12 +8,14 @@ from macrobatch.batch import Counted, Cut, NumSamples, Window, check_size, cut_b
 from macrobatch.distributed import AUTO, GroupChoice, Ranks
 from macrobatch.structure import Nested
 
+BatchSize = int | Callable[[int], int]  # one size, or that of the next window by the samples in those before it
+
 
 def windows(
     loader: Iterable[Nested],
     accumulation_steps: int | None = None,
     *,
-    batch_size: int | None = None,
+    batch_size: BatchSize | None = None,
     cut: Cut | None = None,
     num_samples: NumSamples = structure.num_samples,
     process_group: GroupChoice = AUTO,
@@ -21,8 +23,10 @@ def windows(
     """The micro-batches of `loader`, grouped into windows of `accumulation_steps` each or of `batch_size` samples.
 
     `batch_size` is the effective batch over all ranks; each rank takes its share, and a micro-batch that crosses the
-    border of a window is cut there. The last window is as short as the data. Under a process group every rank yields
-    equally many windows: a rank whose loader ended yields empty ones. Raises ValueError unless exactly one is given.
+    border of a window is cut there. `batch_size(n)`, a `BatchSchedule` for one, is the size of the window that comes
+    after n samples of this pass, the same on every rank. The last window is as short as the data. Under a process group
+    every rank yields equally many windows: a rank whose loader ended yields empty ones. Raises ValueError unless exactly
+    one is given.
     """
     if (accumulation_steps is None) == (batch_size is None):
         raise ValueError(
@@ -31,7 +35,7 @@ def windows(
         )
     if accumulation_steps is not None:
         check_size(accumulation_steps, "accumulation_steps")
-    if batch_size is not None:
+    if batch_size is not None and not callable(batch_size):
         check_size(batch_size, "batch_size")
     return Windows(loader, accumulation_steps, batch_size, cut, num_samples, process_group)
 
@@ -43,7 +47,7 @@ class Windows:
         self,
         loader: Iterable[Nested],
         accumulation_steps: int | None,
-        batch_size: int | None,
+        batch_size: BatchSize | None,
         cut: Cut | None,
         num_samples: NumSamples,
         process_group: GroupChoice,
@@ -58,8 +62,11 @@ class Windows:
     def __iter__(self) -> Iterator[Window]:
         ranks = Ranks.of(self._process_group)
         source = _PushBack(self._sized_micro_batches())
+        grouped = 0  # samples in the windows so far, over all ranks
         while ranks.any(not source.is_exhausted()):
-            window = Window.of_sized(self._take(source, ranks))
+            size = self._size_after(grouped)
+            window = Window.of_sized(self._take(source, size, ranks))
+            grouped += size
             yield window
             window.fill()  # what the user left undrawn belongs to this window, not to the next
 
@@ -67,14 +74,14 @@ class Windows:
         """Windows on this rank. TypeError where the loader has no length, or does not tell its samples."""
         if self.accumulation_steps is not None:
             return -(-len(_sized(self.loader)) // self.accumulation_steps)
-        assert self.batch_size is not None
-        return -(-_samples_in(self.loader) // self._share(Ranks.of(self._process_group)))
+        if not isinstance(self.batch_size, int):
+            raise TypeError("windows whose batch_size changes have no length beforehand")
+        return -(-_samples_in(self.loader) // share(self.batch_size, Ranks.of(self._process_group)))
 
-    def _share(self, ranks: Ranks) -> int:
-        assert self.batch_size is not None
-        if self.batch_size < ranks.size:
-            raise ValueError(f"batch_size={self.batch_size} is less than one sample for each of {ranks.size} ranks")
-        return self.batch_size // ranks.size + (ranks.rank < self.batch_size % ranks.size)
+    def _size_after(self, grouped: int) -> int:
+        if self.batch_size is None:
+            return 0
+        return check_size(self.batch_size(grouped) if callable(self.batch_size) else self.batch_size, "batch_size")
 
     def _sized_micro_batches(self) -> Iterator[Counted]:
         for micro_batch in self.loader:
@@ -82,10 +89,10 @@ class Windows:
                 raise ValueError("the loader yields windows already (collate_windows): run them as they come")
             yield micro_batch, self._num_samples(micro_batch)
 
-    def _take(self, source: "_PushBack", ranks: Ranks) -> Iterator[Counted]:
+    def _take(self, source: "_PushBack", batch_size: int, ranks: Ranks) -> Iterator[Counted]:
         if self.accumulation_steps is not None:
             return islice(source, self.accumulation_steps)
-        return self._take_samples(source, self._share(ranks))
+        return self._take_samples(source, share(batch_size, ranks))
 
     def _take_samples(self, source: "_PushBack", missing: int) -> Iterator[Counted]:
         for micro_batch, n in source:
@@ -97,6 +104,13 @@ class Windows:
             missing -= n
             if missing == 0:
                 return
+
+
+def share(batch_size: int, ranks: Ranks) -> int:
+    """Samples of an effective batch that are this rank's; ValueError where some rank would get none."""
+    if batch_size < ranks.size:
+        raise ValueError(f"batch_size={batch_size} is less than one sample for each of {ranks.size} ranks")
+    return batch_size // ranks.size + (ranks.rank < batch_size % ranks.size)
 
 
 class _PushBack:
