@@ -25,9 +25,8 @@ from macrobatch.norm_calls import (
     BatchNormCall,
     InstanceNormCall,
     RefuseHidden,
-    RefuseRecomputing,
     norm_call,
-    refuse_checkpointed,
+    refuse_recomputed,
 )
 from macrobatch.offload import Offload
 from macrobatch.strands import Meet, Strand, strands
@@ -46,8 +45,7 @@ def run_in_lockstep(
     """What the forwards return, as if each batch normalisation in them had seen all of their samples at once.
 
     The forwards run in turns, each in a thread of its own with torch's settings of this one; afterwards no thread is
-    alive. Running statistics are updated once for each call. Run backward once, on all results together, inside of
-    `backward_in_lockstep`.
+    alive. Running statistics are updated once for each call. Run backward once, on all results together.
 
     `modules`: where the layers are. `ranks`: over which statistics are summed, too; a SyncBatchNorm has its own group.
     `offload`: where saved tensors go. `look_closely` also finds normalisations that are called past torch's Python
@@ -69,13 +67,6 @@ def run_in_lockstep(
             answers = place.hold([_request(party) for party in parties])
 
 
-@contextmanager
-def backward_in_lockstep() -> Iterator[None]:
-    """Around the backward of what ran in lockstep: a normalisation that is computed again there is a ValueError."""
-    with RefuseRecomputing(), torch.compiler.set_stance("force_eager"):
-        yield
-
-
 def _request(party: Strand[Any]) -> Any:
     request, party.request = (None if party.has_ended else party.request), None
     return request
@@ -90,7 +81,12 @@ def _take_part(
         nullcontext() if hidden is None else hidden,
         TakePart(place, offload, hidden, meet),
     ):
-        return forward()
+        try:
+            return forward()
+        except RuntimeError:
+            if hidden is not None and hidden.refused is not None:
+                raise ValueError(hidden.refused) from None
+            raise
 
 
 class TakePart(TorchFunctionMode):
@@ -106,7 +102,7 @@ class TakePart(TorchFunctionMode):
         call = norm_call(func, args, kwargs or {})
         if call is None:
             return func(*args, **(kwargs or {}))
-        refuse_checkpointed()
+        refuse_recomputed()
         return self._batch_norm(call) if isinstance(call, BatchNormCall) else self._instance_norm(call)
 
     def _batch_norm(self, call: BatchNormCall) -> Tensor:

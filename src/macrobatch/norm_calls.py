@@ -4,13 +4,13 @@ import inspect
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 INSTEAD = "call torch.nn.functional.batch_norm or a BatchNorm layer instead"
@@ -106,43 +106,36 @@ def _is_training(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 class RefuseHidden(TorchDispatchMode):
     """Within the context an operation that normalises over a batch is a ValueError, however it was called.
 
-    For what torch's Python functions do not show, such as scripted modules. `allowed` is set around calls of our own.
+    For what torch's Python functions do not show, such as scripted modules. `allowed` is set around calls of our own;
+    `refused` is what the error said, which an interpreter in between may have dropped.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.allowed = False
+        self.refused: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at the operation's name, run it."""
         name = func.overloadpacket.__name__
         if name in _LOWER and not self.allowed and _is_training(func, args, kwargs or {}):
-            raise ValueError(_hidden_message(name))
+            self.refused = _hidden_message(name)
+            raise ValueError(self.refused)
         return func(*args, **(kwargs or {}))
 
 
-def refuse_checkpointed() -> None:
-    """ValueError if torch.utils.checkpoint is among the callers."""
-    frame = sys._getframe(1)
+def refuse_recomputed() -> None:
+    """ValueError if torch.utils.checkpoint is among the callers, or the forward of an autograd function."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+        if frame.f_code.co_filename in _RECOMPUTING:
             raise ValueError(_CHECKPOINTED)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
 
 
 def is_in_backward() -> bool:
     """Whether autograd is running a backward in this thread."""
     return torch._C._current_graph_task_id() != -1
-
-
-class RefuseRecomputing(TorchFunctionMode):
-    """Around backward: a forward that is run again there, and normalises over its batch, is a ValueError."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look at the call, make it."""
-        if norm_call(func, args, kwargs or {}) is not None:
-            raise ValueError(_CHECKPOINTED)
-        return func(*args, **(kwargs or {}))
 
 
 def _hidden_message(name: str) -> str:
@@ -152,8 +145,10 @@ def _hidden_message(name: str) -> str:
     )
 
 
+_RECOMPUTING = (torch.utils.checkpoint.__file__, torch.autograd.function.__file__)
 _CHECKPOINTED = (
-    "batch_norm is called inside of an activation checkpoint. It would be recomputed in backward for one micro-batch "
-    "alone, with other statistics than in the forward. Switch checkpointing off (saved tensors lie in host memory, "
-    "so it would save little), or checkpoint only parts without BatchNorm"
+    "batch_norm is called inside of an activation checkpoint, or of an autograd function of its own. There it would be "
+    "computed again in backward for one micro-batch alone, with other statistics than in the forward. Switch "
+    "checkpointing off (saved tensors lie in host memory, it would save little), or checkpoint only parts without "
+    "BatchNorm"
 )

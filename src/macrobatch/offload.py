@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-SMALL = 2048  # bytes: moving less than that costs more than it saves
 SHARED = 2.0  # a storage at most this many times as large as the tensor that views it is moved whole, once
 
 
@@ -21,10 +20,12 @@ class Offload:
     """`hooks()` is a context in which saved tensors go to the host; `put` and `get` do the same by hand.
 
     `live`: bytes on the host now; `peak`: the most there were. `kept`: tensors that stay anyhow, such as parameters,
-    buffers and inputs; views of them are not copied. Views of one storage share one copy of it.
+    buffers and inputs; views of them are not copied. Views of one storage share one copy of it. Storages of up to
+    `small` bytes stay as well: moving them costs more than it saves.
     """
 
-    def __init__(self, kept: Iterable[Tensor] = ()) -> None:
+    def __init__(self, kept: Iterable[Tensor] = (), *, small: int = 2048) -> None:
+        self._small = small
         self.live = 0
         self.peak = 0
         self._kept = {t.untyped_storage()._cdata for t in kept if t.layout is torch.strided and not _is_opaque(t)}
@@ -41,7 +42,7 @@ class Offload:
         if _is_opaque(tensor) or tensor.layout is not torch.strided:
             return tensor.detach()  # not itself: saved for the node that made it, it would never be freed
         storage = tensor.untyped_storage()
-        if storage._cdata in self._kept or storage.nbytes() <= SMALL:
+        if storage._cdata in self._kept or storage.nbytes() <= self._small:
             return tensor.detach()
         if storage.nbytes() > SHARED * tensor.nbytes:
             tensor = tensor.detach().clone()

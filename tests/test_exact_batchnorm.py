@@ -1,0 +1,401 @@
+"""Batch normalisation over a window in micro-batches is that of the full batch: gradients, statistics, no trace."""
+
+import copy
+import threading
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from helpers import difference, gradients, reference
+from norm_models import CASES, Convolutional, Pair, Residual, Twice, batch_of, cut, flat, loss_sum
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from macrobatch import peak_memory
+from macrobatch.gradients import submodules
+from macrobatch.lockstep import run_in_lockstep
+from macrobatch.offload import Offload
+
+SIZES = [4, 3, 2, 1]
+LossSum = Callable[[nn.Module, Pair], tuple[Tensor, int]]
+
+
+def in_lockstep(
+    model: nn.Module, micro_batches: Sequence[Pair], loss: LossSum = loss_sum, offload: Offload | None = None
+) -> Tensor:
+    """`p.grad` is the gradient of the mean over all micro-batches, which run in lockstep; the mean is returned."""
+    forwards = [lambda micro_batch=micro_batch: loss(model, micro_batch) for micro_batch in micro_batches]
+    terms = run_in_lockstep(forwards, [model], offload=offload)
+    total = sum(weight for _, weight in terms)
+    torch.autograd.backward([loss_sum / total for loss_sum, _ in terms])
+    return sum(loss_sum.detach() for loss_sum, _ in terms) / total
+
+
+def buffer_difference(mine: nn.Module, theirs: nn.Module) -> float:
+    """The largest difference of a buffer's entry, relative where the entry is larger than 1."""
+    pairs = zip(mine.buffers(), theirs.buffers(), strict=True)
+    return max((float(((a - b).abs() / b.abs().clamp(min=1)).max()) for a, b in pairs), default=0.0)
+
+
+def full_batch(model: nn.Module, batch: Pair, loss: LossSum = loss_sum) -> tuple[nn.Module, list[Tensor | None], float]:
+    """A copy of the model that has seen the batch in one piece, its gradients, its loss."""
+    twin, losses = copy.deepcopy(model), []
+
+    def mean() -> Tensor:
+        total, weight = loss(twin, batch)
+        losses.append(float((total / weight).detach()))
+        return total / weight
+
+    return twin, reference(twin, mean), losses[0]
+
+
+def plainly(model: nn.Module, micro_batches: Sequence[Pair]) -> None:
+    """The control: exact for every loss that is a sum over samples, in a model that does not couple them."""
+    total = sum(len(labels) for _, labels in micro_batches)
+    for micro_batch in micro_batches:
+        (loss_sum(model, micro_batch)[0] / total).backward()
+
+
+# ---- exact
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("offloads", [False, True], ids=["on the device", "offloaded"])
+def test_gradients_and_buffers_are_those_of_the_full_batch(name: str, offloads: bool) -> None:
+    if name.startswith("transformers"):
+        pytest.importorskip("transformers")
+    case = CASES[name]
+    model, batch = case.model().double(), batch_of(sum(SIZES), case.sample)
+    control, offload = copy.deepcopy(model), Offload(model.parameters(), small=0) if offloads else None
+    for _ in range(2):  # the second window starts from running statistics that the first has made
+        twin, expected, expected_loss = full_batch(model, batch)
+        loss = in_lockstep(model, cut(batch, SIZES), offload=offload)
+        assert difference(gradients(model), expected) <= 1e-12
+        assert buffer_difference(model, twin) <= 1e-12
+        assert abs(float(loss) - expected_loss) <= 1e-12
+        model.zero_grad()
+    twin, expected, _ = full_batch(control, batch)
+    plainly(control, cut(batch, [4, 4, 2]))  # some of these layers refuse a micro-batch of 1
+    assert difference(gradients(control), expected) > (0.02 if name.startswith("InstanceNorm") else 0.1)
+    assert buffer_difference(control, twin) > 0.01 or not list(control.buffers())
+    assert offload is None or offload.peak > offload.live == 0
+
+
+@pytest.mark.parametrize("sizes", [[1] * 10, [10], [9, 1], [3, 3, 3, 1]])
+def test_any_cut_gives_the_same(sizes: list[int]) -> None:
+    model, batch = flat().double(), batch_of(10, (7,))
+    twin, expected, _ = full_batch(model, batch)
+    in_lockstep(model, cut(batch, sizes))
+    assert difference(gradients(model), expected) <= 1e-12
+    assert buffer_difference(model, twin) <= 1e-12
+
+
+def test_in_eval_mode_nothing_meets_and_nothing_changes() -> None:
+    model, batch = Convolutional(2).double(), batch_of(10, (3, 6, 6))
+    plainly(model, [batch])  # running statistics that are not 0 and 1
+    model.zero_grad()
+    model.eval()
+    twin, expected, _ = full_batch(model, batch)
+    in_lockstep(model, cut(batch, SIZES))
+    assert difference(gradients(model), expected) <= 1e-12
+    assert buffer_difference(model, twin) == 0
+
+
+def test_a_micro_batch_without_terms_still_counts_in_the_statistics() -> None:
+    def masked(model: nn.Module, batch: Pair) -> tuple[Tensor, Tensor]:
+        x, labels = batch
+        kept = labels >= 0
+        return F.cross_entropy(model(x), labels, reduction="sum", ignore_index=-100), kept.sum()
+
+    model, (x, labels) = Convolutional(2).double(), batch_of(10, (3, 6, 6))
+    labels[:4] = -100
+    twin, expected, _ = full_batch(model, (x, labels), masked)
+    in_lockstep(model, cut((x, labels), SIZES), masked)
+    assert difference(gradients(model), expected) <= 1e-12
+    assert buffer_difference(model, twin) <= 1e-12
+
+
+def test_without_a_graph_the_losses_and_statistics_are_those_of_the_full_batch() -> None:
+    model, batch = Residual().double(), batch_of(10, (3, 6, 6))
+    twin, _, expected_loss = full_batch(model, batch)
+    with torch.no_grad():
+        terms = run_in_lockstep([lambda b=b: loss_sum(model, b)[0] for b in cut(batch, SIZES)], [model])
+    assert not any(term.requires_grad for term in terms)
+    assert abs(float(sum(terms)) / 10 - expected_loss) <= 1e-12
+    assert buffer_difference(model, twin) <= 1e-12
+
+
+@pytest.mark.parametrize("shape", [(64, 8), (8, 8, 5, 5)])
+def test_float32_keeps_its_digits_where_the_mean_is_ten_thousand_standard_deviations(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape) * 1e-2 + 100 * (1 + torch.rand(1, 8, *[1] * (len(shape) - 2)))
+    assert float(x.mean() / x[:, 0].std()) > 1e4
+    single, weights = nn.BatchNorm1d(8) if x.ndim == 2 else nn.BatchNorm2d(8), torch.randn(shape)
+    double = copy.deepcopy(single).double()
+    x.requires_grad_()
+    y = x.detach().double().requires_grad_()
+    expected = double(y)
+    (expected.sin() * weights).sum().backward()
+    inputs, outputs = list(x.split(3)), []
+
+    def forward(j: int) -> Tensor:
+        outputs.append(single(inputs[j]))
+        return (outputs[-1].sin() * weights.split(3)[j]).sum()
+
+    losses = run_in_lockstep([lambda j=j: forward(j) for j in range(len(inputs))], [single])
+    torch.autograd.backward(losses)
+    assert difference([y.detach() for y in outputs], expected.detach().split(3)) <= 1e-4
+    assert difference([x.grad], [y.grad]) <= 1e-4
+    assert difference(gradients(single), gradients(double)) <= 1e-4
+    assert difference([single.running_mean, single.running_var], [double.running_mean, double.running_var]) <= 1e-6
+    naive = (x.detach().square().mean(0) - x.detach().mean(0).square()).flatten()  # the control
+    assert float((naive / x.detach().double().var(0, correction=0).flatten() - 1).abs().max()) > 10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs_are_normalised_in_float32(dtype: torch.dtype) -> None:
+    model, x = nn.BatchNorm2d(4), batch_of(10, (4, 6, 6), torch.float32)[0].to(dtype)
+    twin = copy.deepcopy(model)
+    expected = twin(x)
+    parts: list[Tensor] = []
+    run_in_lockstep([lambda part=part: parts.append(model(part)) for part in x.split(SIZES)], [model])
+    assert parts[0].dtype == expected.dtype == dtype
+    assert difference([torch.cat(parts).detach()], [expected.detach()]) <= 2 * torch.finfo(dtype).eps
+    assert buffer_difference(model, twin) <= 1e-5
+
+
+# ---- torch's settings in each forward's thread
+
+
+def test_autocast_modes_hooks_and_grad_mode_reach_every_forward() -> None:
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        calls = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            Mode.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    def forward() -> Tensor:
+        before = Mode.calls
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+        seen.append((product.dtype, torch.is_grad_enabled(), Mode.calls > before))
+        return product
+
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), Mode():
+        run_in_lockstep([forward, forward], [nn.Identity()])
+    with torch.device("meta"):
+        assert run_in_lockstep([lambda: torch.ones(1)], [])[0].is_meta
+    with torch.inference_mode():
+        assert run_in_lockstep([lambda: torch.ones(1)], [])[0].is_inference()
+    assert seen == [(torch.bfloat16, False, True)] * 2
+
+
+def test_autocast_gives_the_gradients_of_the_full_batch() -> None:
+    def under_autocast(model: nn.Module, batch: Pair) -> tuple[Tensor, int]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss_sum(model, batch)
+
+    model, batch = Convolutional(2), batch_of(10, (3, 6, 6), torch.float32)
+    twin, expected, _ = full_batch(model, batch, under_autocast)
+    in_lockstep(model, cut(batch, SIZES), under_autocast)
+    assert difference(gradients(model), expected) <= 0.02
+    assert buffer_difference(model, twin) <= 0.02
+    control = copy.deepcopy(twin)
+    control.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        plainly(control, cut(batch, [4, 4, 2]))
+    assert difference(gradients(control), expected) > 0.1
+
+
+def test_the_meter_counts_what_every_forward_allocates() -> None:
+    forwards = [lambda: torch.ones(1000), lambda: torch.ones(3000)]
+    assert peak_memory(lambda: run_in_lockstep(forwards, [])) == 4 * 4000
+
+
+# ---- memory
+
+
+def test_at_eight_micro_batches_the_peak_is_below_a_third_of_the_full_batch() -> None:
+    model, batch = Residual(12, 6), batch_of(64, (3, 16, 16), torch.float32)
+    native = peak_memory(lambda: full_batch(model, batch))
+    offload = Offload([*model.parameters(), *batch])
+    ours = peak_memory(lambda: in_lockstep(model, cut(batch, [8] * 8), offload=offload))
+    model.zero_grad()
+    kept = peak_memory(lambda: in_lockstep(model, cut(batch, [8] * 8)))
+    assert ours <= 0.3 * native
+    assert kept > 0.8 * native  # the control: without the host it stays
+    assert 0.3 * native < offload.peak < 1.5 * native  # it lies there instead
+    assert offload.live == 0
+
+
+# ---- refused, and no trace
+
+
+def no_strand_is_alive() -> bool:
+    return not any(thread.name == "macrobatch strand" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("point", range(6))
+def test_after_an_error_nothing_is_patched_and_no_thread_is_alive(point: int) -> None:
+    class Fails(nn.Module):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            Fails.calls += 1
+            if Fails.calls == point + 1:
+                raise KeyError("on purpose")
+            return x
+
+    def norm() -> nn.Module:
+        return nn.SyncBatchNorm(6)
+
+    model = nn.Sequential(Fails(), nn.Linear(7, 6), norm(), Fails(), norm()).double()
+    before = [dict(vars(module)) for module in submodules([model])]
+    with pytest.raises(KeyError, match="on purpose"):
+        run_in_lockstep([lambda x=x: model(x) for x in batch_of(10, (7,))[0].split(4)], [model], offload=Offload())
+    assert [dict(vars(module)) for module in submodules([model])] == before
+    assert no_strand_is_alive()
+    assert torch.is_grad_enabled()
+    assert F.batch_norm is nn.functional.batch_norm
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    assert torch.overrides._get_current_function_mode_stack() == []
+
+
+def test_a_forward_that_is_given_up_unwinds_its_context_managers() -> None:
+    left = []
+
+    class Opened:
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None:
+            left.append(threading.current_thread().name)
+
+    def forward(norm: nn.Module, fails: bool) -> None:
+        with Opened():
+            norm(torch.randn(4, 3))
+            if fails:
+                raise KeyError("on purpose")
+            norm(torch.randn(4, 3))
+
+    norm = nn.BatchNorm1d(3)
+    with pytest.raises(KeyError, match="on purpose"):
+        run_in_lockstep([lambda j=j: forward(norm, j == 1) for j in range(3)], [norm])
+    assert left == ["macrobatch strand"] * 3
+    assert no_strand_is_alive()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpointed_normalisation_is_refused_with_the_reason(use_reentrant: bool) -> None:
+    norm, body = nn.BatchNorm1d(6), nn.Linear(6, 6)
+
+    def forward(x: Tensor) -> Tensor:
+        return checkpoint(lambda x: norm(body(x)), x.requires_grad_(), use_reentrant=use_reentrant).sum()
+
+    with pytest.raises(ValueError, match="again in backward for one micro-batch alone, with other statistics"):
+        run_in_lockstep([lambda x=x: forward(x) for x in torch.randn(8, 6).split(4)], [norm])
+    assert no_strand_is_alive()
+
+
+def test_a_normalisation_inside_of_an_autograd_function_is_refused() -> None:
+    class Own(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return F.batch_norm(x, None, None, training=True)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    with pytest.raises(ValueError, match="or of an autograd function of its own"):
+        run_in_lockstep([lambda x=x: Own.apply(x.requires_grad_()) for x in torch.randn(8, 3).split(4)], [])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_parts_without_normalisation_stays_exact(use_reentrant: bool) -> None:
+    class Partly(Twice):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(checkpoint(self.first, x.requires_grad_(), use_reentrant=use_reentrant)).tanh()
+            return self.head(x)
+
+    model, batch = Partly().double(), batch_of(10, (7,))
+    twin, expected, _ = full_batch(model, batch)
+    in_lockstep(model, cut(batch, SIZES), offload=Offload())
+    assert difference(gradients(model), expected) <= 1e-12
+    assert buffer_difference(model, twin) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w: torch.batch_norm(x, w, w, None, None, True, 0.1, 1e-5, False),
+        lambda x, w: torch.native_batch_norm(x, w, w, None, None, True, 0.1, 1e-5)[0],
+        lambda x, w: torch.ops.aten.native_batch_norm(x, w, w, None, None, True, 0.1, 1e-5)[0],
+    ],
+)
+def test_a_normalisation_past_the_functional_one_is_refused_and_never_missed(call: Callable[..., Tensor]) -> None:
+    x, w = torch.randn(8, 3), torch.ones(3)
+    with pytest.raises(ValueError, match=r"normalises over its micro-batch by (native_)?batch_norm, called past"):
+        run_in_lockstep([lambda x=x: call(x, w) for x in x.split(4)], [])
+
+
+def test_a_scripted_normalisation_is_refused() -> None:
+    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+        scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
+    with pytest.raises(ValueError, match="in a scripted module"):
+        run_in_lockstep([lambda x=x: scripted(x) for x in torch.randn(8, 3).split(4)], [scripted])
+
+
+def test_a_compiled_model_runs_uncompiled_and_exactly() -> None:
+    model, batch = flat().double(), batch_of(10, (7,))
+    twin, expected, _ = full_batch(model, batch)
+    compiled = torch.compile(model, backend="eager")
+    in_lockstep(compiled, cut(batch, SIZES))
+    assert difference(gradients(model), expected) <= 1e-12
+    assert buffer_difference(model, twin) <= 1e-12
+
+
+def test_micro_batches_that_take_different_ways_are_told_so() -> None:
+    one, other = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    ways = [lambda: one(torch.randn(4, 3)), lambda: other(torch.randn(4, 3))]
+    with pytest.raises(ValueError, match="took different ways through the model"):
+        run_in_lockstep(ways, [one, other])
+    with pytest.raises(ValueError, match="stands at batch_norm over 3 channels, another one at its end"):
+        run_in_lockstep([ways[0], lambda: torch.zeros(())], [one])
+    assert no_strand_is_alive()
+
+
+def test_a_single_value_per_channel_in_the_whole_window_is_refused_as_torch_refuses_it() -> None:
+    norm = nn.BatchNorm1d(3)
+    with pytest.raises(ValueError, match="a single value per channel in the whole window"):
+        run_in_lockstep([lambda: norm(torch.randn(1, 3))], [norm])
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        norm(torch.randn(1, 3))
+
+
+def test_a_backward_inside_of_a_loss_is_refused() -> None:
+    norm = nn.BatchNorm1d(3)
+
+    def penalised(x: Tensor) -> Tensor:
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad(norm(x).sum(), x)
+        return gradient.norm()
+
+    with pytest.raises(RuntimeError, match="ran backward through batch_norm by itself"):
+        run_in_lockstep([lambda x=x: penalised(x) for x in torch.randn(8, 3).split(4)], [norm])
+    assert no_strand_is_alive()
+
+
+def test_an_exception_for_the_waiting_thread_ends_all_of_them() -> None:
+    norm = nn.BatchNorm1d(3)
+
+    def forward() -> Tensor:
+        return norm(torch.randn(4, 3))
+
+    def interrupted() -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in_lockstep([forward, interrupted, forward], [norm])
+    assert no_strand_is_alive()
