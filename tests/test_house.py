@@ -24,15 +24,15 @@ PACKAGE = ROOT / "src" / "macrobatch"
 LEVELS = (
     # L0 values
     ("containers", "distributed", "gradients", "leaves", "unscaling", "sizing", "storages", "speed", "moments"),
-    ("structure", "state", "memory", "substitution"),
+    ("structure", "state", "memory", "substitution", "batch_tradeoff"),
     # normalising over a window: decision 0004
     ("strands", "offload", "norm_calls", "norm_conversion", "coupling", "joint_norm"),
     ("meeting", "pooled_norm"),
     ("lockstep",),
     ("batch", "devices", "budget", "prediction", "gathering", "replay"),
-    ("grouping", "weighting", "recording"),
+    ("grouping", "weighting", "recording", "size_plans"),
     ("criteria", "tally", "report", "rehearsal", "update_memory"),
-    ("recovery", "measuring", "seeds"),
+    ("recovery", "measuring", "seeds", "moment_average"),
     ("fitting", "auto_size"),
     # What a size needs is known before anything runs, so it stands below what runs: decision 0002.
     ("checkpointing",),
@@ -40,17 +40,18 @@ LEVELS = (
     ("searching",),
     # L1 mechanism
     ("window_pass",),
+    ("ways",),
     ("accumulator", "loops", "update"),
     ("row_blocks", "gathered_forward"),
     ("gathered_loss", "gathered_backward"),
     ("gathered_window",),
-    ("epoch",),
+    ("epoch", "per_example"),
     # What scaling_rules and warmup stand on.
     ("scaling_families", "schedulers"),
     ("scaling_changes",),
     # L2 policies: one level, so that they never import one another
     (
-        *("scaling_rules", "warmup", "schedule", "noise", "spikes"),
+        *("scaling_rules", "warmup", "schedule", "noise", "adascale", "invariant_adam", "spikes"),
         *("batchnorm", "contrastive", "packing", "sharpness", "verify"),
     ),
     ("__init__",),
@@ -61,6 +62,7 @@ LEVELS = (
 LEVEL_OF = {entry: level for level, entries in enumerate(LEVELS) for entry in entries}
 # Values that are explained where they are used: on the page of another module.
 PAGE_OF = {"report": "accumulator", "criteria": "weighting", "structure": "batch", "grouping": "batch", "warmup": "scaling_rules"}
+PAGE_OF |= {"moments": "noise", "batch_tradeoff": "noise", "per_example": "noise"}
 EDGES = ("tasks", "integrations", "cli")  # need extras: never re-exported by the package
 
 # `.chunk(` is torch's own method.

@@ -1,36 +1,65 @@
 """Any effective batch size on any memory budget, with the gradient of the full batch."""
 
 from macrobatch.accumulator import Accumulator
+from macrobatch.adascale import AdaScale
 from macrobatch.batch import Window, collate_windows
+from macrobatch.batch_tradeoff import FastestBatch, Tradeoff, gain
+from macrobatch.contrastive import GatheredAccumulator
 from macrobatch.criteria import sum_loss
 from macrobatch.epoch import train_epoch
 from macrobatch.grouping import windows
+from macrobatch.invariant_adam import InvariantAdamW
 from macrobatch.loops import accumulate
 from macrobatch.memory import MemoryMeter, memory_limit, parse_bytes, peak_memory
+from macrobatch.moments import GradientMoments
+from macrobatch.noise import GradientNoiseScale, NoiseEstimate
+from macrobatch.per_example import per_example_moments
 from macrobatch.planning import Plan, plan
 from macrobatch.report import Report
+from macrobatch.row_blocks import RowBlocks
+from macrobatch.scaling_rules import Scaling, ScalingWarning, scale_clip, scale_ema, scale_hyperparameters
+from macrobatch.schedule import BatchSchedule
 from macrobatch.update import Update, apply_update
+from macrobatch.warmup import warmup
 from macrobatch.weighting import Loss, valid_tokens
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Accumulator",
+    "AdaScale",
+    "BatchSchedule",
+    "FastestBatch",
+    "GatheredAccumulator",
+    "GradientMoments",
+    "GradientNoiseScale",
+    "InvariantAdamW",
     "Loss",
     "MemoryMeter",
+    "NoiseEstimate",
     "Plan",
     "Report",
+    "RowBlocks",
+    "Scaling",
+    "ScalingWarning",
+    "Tradeoff",
     "Update",
     "Window",
     "accumulate",
     "apply_update",
     "collate_windows",
+    "gain",
     "memory_limit",
     "parse_bytes",
     "peak_memory",
+    "per_example_moments",
     "plan",
+    "scale_clip",
+    "scale_ema",
+    "scale_hyperparameters",
     "sum_loss",
     "train_epoch",
     "valid_tokens",
+    "warmup",
     "windows",
 ]
