@@ -1,4 +1,4 @@
-"""A loss over all outputs of a window has the full batch's gradient, whatever the cut, and whichever graphs are kept."""
+"""A loss over all outputs of a window has the full batch's gradient, however it is cut and whatever graphs are kept."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -301,7 +301,8 @@ def test_batchnorm_statistics_are_updated_once_for_each_micro_batch() -> None:
     x = torch.randn(N, 5, dtype=torch.float64)
     loss = lambda m, o, w: torch.pdist(o).mean()  # noqa: E731
     loss(None, torch.cat([twin(part) for part in x.split([4, 4, 3])]), None).backward()
-    mb.GatheredAccumulator(model, lambda m, b: m(b), loss, micro_batch_size=4).run(x)
+    options: dict[str, Any] = {"micro_batch_size": 4, "batch_norm": "micro_batch"}
+    mb.GatheredAccumulator(model, lambda m, b: m(b), loss, **options).run(x)
     assert int(model[1].num_batches_tracked) == 3
     assert difference(gradients(model), gradients(twin)) <= 1e-12
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
@@ -324,3 +325,346 @@ def test_spectral_norm_and_checkpointing_are_exact() -> None:
     torch.manual_seed(1)
     mb.GatheredAccumulator(plain, recomputing, loss, micro_batch_size=4, keep_graphs=2).run(x)
     assert difference(gradients(plain), expected) <= 1e-12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the loss owns
+
+
+class InfoNCE(nn.Module):
+    """A loss with a temperature of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+
+    def forward(self, model: nn.Module, outputs: tuple[Tensor, Tensor], window: Any) -> Tensor:
+        left, right = (F.normalize(z, dim=-1) for z in outputs)
+        return F.cross_entropy(left @ right.T * self.log_scale.exp(), torch.arange(len(left)))
+
+
+def test_a_temperature_of_the_loss_gets_its_gradient_once() -> None:
+    model, batch = case()
+    loss_fn = InfoNCE()
+    pair = lambda m, b: (m.left(b["x"]), m.right(b["y"]))  # noqa: E731
+    expected = reference([model, loss_fn], lambda: loss_fn(model, pair(model, batch), None))
+    for keep in (0, 1, 3):
+        clear([model, loss_fn])
+        report = mb.GatheredAccumulator(model, pair, loss_fn, micro_batch_size=2, keep_graphs=keep).run(batch)
+        assert difference(gradients([model, loss_fn]), expected) <= 1e-12
+        assert any(p is loss_fn.log_scale for p in report.parameters)
+
+
+def test_several_models_and_a_frozen_one_in_any_structure_of_outputs() -> None:
+    _, batch = case()
+    student, teacher, head = (nn.Linear(5, 6).double() for _ in range(3))
+
+    def views(models: list[nn.Module], b: Batch) -> dict[str, Any]:
+        return {"views": [models[0](b["x"]), models[1](b["y"])], "kind": "pair", "target": (teacher(b["x"]),)}
+
+    def loss_fn(models: Any, outputs: dict[str, Any], window: Any) -> Tensor:
+        assert outputs["kind"] == "pair"
+        first, second = outputs["views"]
+        return info_nce_of(first, second) + info_nce_of(first, outputs["target"][0])
+
+    def info_nce_of(a: Tensor, b: Tensor) -> Tensor:
+        return F.cross_entropy(a @ b.T, torch.arange(len(a)))
+
+    expected = reference([student, head], lambda: loss_fn(None, views([student, head], batch), None))
+    clear(teacher)
+    mb.GatheredAccumulator([student, head], views, loss_fn, micro_batch_size=3, frozen=[teacher]).run(batch)
+    assert difference(gradients([student, head]), expected) <= 1e-12
+    assert all(p.grad is None and p.requires_grad for p in teacher.parameters())
+
+
+def test_the_loss_is_given_the_window() -> None:
+    model, batch = case()
+    seen: list[mb.Window] = []
+
+    def loss_fn(m: Towers, outputs: Any, window: mb.Window) -> Tensor:
+        seen.append(window)
+        return info_nce(m, outputs, window)
+
+    mb.GatheredAccumulator(model, encode, loss_fn, micro_batch_size=4).run(batch)
+    assert torch.equal(torch.cat([part["label"] for part in seen[0]]), batch["label"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks of rows
+
+
+def info_nce_rows(model: Towers, outputs: dict[str, Tensor], window: Any, rows: slice) -> Tensor:
+    left, right = (F.normalize(outputs[side], dim=-1) for side in ("left", "right"))
+    scale, targets = model.log_scale.exp(), torch.arange(len(left))[rows]
+    to_right = F.cross_entropy(left[rows] @ right.T * scale, targets, reduction="sum")
+    to_left = F.cross_entropy(right[rows] @ left.T * scale, targets, reduction="sum")
+    return (to_right + to_left) / (2 * len(left))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 11, 100])
+def test_a_loss_in_blocks_of_rows_is_the_same_loss(rows: int) -> None:
+    model, batch = case()
+    expected = in_one_piece(model, batch, info_nce)
+    loss_fn = mb.RowBlocks(info_nce_rows, rows=rows)
+    assert difference(in_one_piece(model, batch, loss_fn), expected) <= 1e-12, "in one graph, too"
+    accumulator = mb.GatheredAccumulator(model, encode, loss_fn, micro_batch_size=4)
+    report = accumulator.run(batch)
+    assert difference(gradients(model), expected) <= 1e-12
+    assert abs(float(report.loss) - info_nce(model, encode(model, batch), None).item()) <= 1e-12
+    assert abs(float(accumulator.evaluate(batch).loss) - float(report.loss)) <= 1e-12
+
+
+def test_in_blocks_the_matrix_of_all_pairs_never_stands_whole() -> None:
+    n = 600
+    model, batch = case(n)
+    matrix, peaks = n * n * 8, {}
+    for name, loss_fn in {"whole": info_nce, "blocks": mb.RowBlocks(info_nce_rows, rows=10)}.items():
+        accumulator = mb.GatheredAccumulator(model, encode, loss_fn, micro_batch_size=10)
+        accumulator.run(batch)
+        clear(model)
+        peaks[name] = mb.peak_memory(lambda accumulator=accumulator: accumulator.run(batch) and None)
+        clear(model)
+    assert peaks["whole"] > 2 * matrix
+    assert peaks["blocks"] < matrix / 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def deep(width: int = 64) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(width, width), nn.Tanh()))).double()
+
+
+def by_hand(model: nn.Module, x: Tensor, size: int, loss: Callable[[Tensor], Tensor]) -> None:
+    """Cached gradients as published: every forward twice."""
+    with torch.no_grad():
+        z = torch.cat([model(part) for part in x.split(size)])
+    z.requires_grad_()
+    loss(z).backward()
+    for part, gradient in zip(x.split(size), z.grad.split(size), strict=True):
+        model(part).backward(gradient)
+
+
+def test_one_kept_graph_takes_no_more_memory_than_none_and_each_further_one_its_activations() -> None:
+    model, x = deep(), torch.randn(256, 64, dtype=torch.float64)
+    loss = lambda z: z.std(0).log().square().sum()  # noqa: E731
+    peaks = {}
+    for keep in (0, 1, 2, 4):
+        accumulator = mb.GatheredAccumulator(
+            model, lambda m, b: m(b), lambda m, z, w: loss(z), micro_batch_size=32, keep_graphs=keep
+        )
+        accumulator.run(x)
+        clear(model)
+        peaks[keep] = mb.peak_memory(lambda accumulator=accumulator: accumulator.run(x) and None)
+        clear(model)
+    by_hand(model, x, 32, loss)
+    clear(model)
+    plain = mb.peak_memory(lambda: by_hand(model, x, 32, loss))
+    clear(model)
+    graph = 6 * 32 * 64 * 8  # one output of each pair of layers, 32 samples
+    random_states = 5 * 5056  # copies of the random numbers' state, the same however many micro-batches there are
+    assert peaks[0] <= plain + random_states
+    assert peaks[1] <= plain + random_states
+    assert peaks[2] <= peaks[1] + graph
+    assert abs(peaks[4] - peaks[2] - 2 * graph) <= 0.01 * graph
+    full = mb.peak_memory(lambda: loss(model(x)).backward())
+    assert full > 1.5 * peaks[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Low precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("keep", [0, 1, 3])
+def test_under_autocast_it_is_as_near_to_the_truth_as_the_full_batch_under_autocast(
+    dtype: torch.dtype, keep: int
+) -> None:
+    model, batch = case(64)
+    truth = in_one_piece(model, batch, info_nce)
+    model.float()
+    batch = {key: value.float() if value.is_floating_point() else value for key, value in batch.items()}
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if dtype is torch.float16 else None
+
+    def full() -> Tensor:
+        with torch.autocast("cpu", dtype):
+            loss = info_nce(model, encode(model, batch), None)
+        return loss if scaler is None else scaler.scale(loss)
+
+    expected = reference(model, full)
+    native = difference([g if g is None or scaler is None else g / 1024 for g in expected], truth)
+    accumulator = mb.GatheredAccumulator(
+        model, encode, info_nce, micro_batch_size=24, keep_graphs=keep, autocast=dtype, scaler=scaler
+    )
+    report = accumulator.run(batch)
+    assert difference(gradients(model), truth) <= 2 * native
+    assert native > 1e-5, "it was computed in low precision"
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert mb.apply_update(optimizer, report).applied
+
+
+def test_an_autocast_around_the_whole_run_loses_no_gradient() -> None:
+    """Autocast remembers casts of weights, also those made without a graph, which would cut the second forward off."""
+    model, batch = case(dropout=0.0)
+    model.float()
+    batch = {key: value.float() if value.is_floating_point() else value for key, value in batch.items()}
+    wanted = None
+    for keep in (3, 0, 1):
+        clear(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            mb.GatheredAccumulator(model, encode, info_nce, micro_batch_size=4, keep_graphs=keep).run(batch)
+        wanted = wanted or gradients(model)
+        assert difference(gradients(model), wanted) <= 1e-6
+
+
+def test_bfloat16_parameters_accumulate_in_float32() -> None:
+    model, batch = case(96)
+    truth = in_one_piece(model, batch, siglip)
+    model.bfloat16()
+    batch = {key: value.bfloat16() if value.is_floating_point() else value for key, value in batch.items()}
+    errors = {}
+    for size in (96, 1):
+        clear(model)
+        mb.GatheredAccumulator(model, encode, siglip, micro_batch_size=size).run(batch)
+        assert all(p.grad is None or p.grad.dtype == torch.bfloat16 for p in model.parameters())
+        errors[size] = difference(gradients(model), truth)
+    assert errors[1] <= 1.5 * errors[96]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same as the plain accumulator
+
+
+def test_reports_evaluate_add_and_updates_are_those_of_the_accumulator() -> None:
+    model, batch = case()
+    expected = in_one_piece(model, batch, info_nce)
+    accumulator = mb.GatheredAccumulator(model, encode, info_nce, micro_batch_size=4)
+    evaluated = accumulator.evaluate(batch)
+    assert model.forwards == 3
+    assert all(p.grad is None for p in model.parameters())
+    report = accumulator.run(batch)
+    assert torch.equal(report.loss, evaluated.loss)
+    assert report.loss.dtype == torch.float64
+    assert (report.num_samples, report.accumulation_steps, report.retries) == (N, 3, 0)
+    assert float(report.loss_weight) == N
+    with pytest.raises(ValueError, match="gradient from before"):
+        accumulator.run(batch)
+    accumulator.run(batch, add=True)
+    assert difference(gradients(model), [None if g is None else 2 * g for g in expected]) <= 1e-12
+    update = mb.apply_update(torch.optim.SGD(model.parameters(), lr=0.1), report, max_norm=1.0)
+    assert update.applied
+
+
+def test_the_micro_batches_own_gradients_are_measured_without_that_of_the_loss() -> None:
+    model, batch = case()
+    parts = list(mb.Window([batch]).cut(4))
+    outputs = [encode(model, part) for part in parts]
+    leaves = [{key: value.detach() for key, value in out.items()} for out in outputs]
+    for leaf in leaves:
+        leaf["left"].requires_grad_(), leaf["right"].requires_grad_()
+    info_nce(model, {key: torch.cat([leaf[key] for leaf in leaves]) for key in leaves[0]}, None).backward()
+    squares, parameters = [], [*model.left.parameters(), *model.right.parameters()]
+    for out, leaf, part in zip(outputs, leaves, parts, strict=True):
+        roots = [out["left"], out["right"]]
+        grads = torch.autograd.grad(roots, parameters, [leaf["left"].grad, leaf["right"].grad])
+        squares.append(sum(float(g.square().sum()) for g in grads) / (len(part["x"]) / N) ** 2)
+    clear(model)
+    report = mb.GatheredAccumulator(model, encode, info_nce, micro_batch_size=4, measure="squares").run(batch)
+    moments = report.moments
+    assert moments is not None
+    assert torch.allclose(moments.squared_norms, torch.tensor(squares, dtype=torch.float64), rtol=1e-12)
+    weighted = sum(len(part["x"]) / N * q for part, q in zip(parts, squares, strict=True))
+    assert abs(float(moments.mean_squared_norm) - weighted) <= 1e-12 * weighted
+    total = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None)
+    assert abs(float(moments.squared_norm) - total) <= 1e-12 * total
+    assert report.mean_squares is not None
+    assert sum(float(s.sum()) for s in report.mean_squares if s is not None) == pytest.approx(weighted, rel=1e-12)
+
+
+def test_what_was_learned_is_saved_and_restored() -> None:
+    model, _ = case()
+    first = mb.GatheredAccumulator(model, encode, info_nce, micro_batch_size=4, keep_graphs=3)
+    first._graphs.failed(4)
+    second = mb.GatheredAccumulator(model, encode, info_nce, micro_batch_size=4, keep_graphs=3)
+    second.load_state_dict(first.state_dict())
+    assert second.keep_graphs == first.keep_graphs == 1
+    with pytest.raises(ValueError, match="a gathered accumulator's state holds 'graphs'"):
+        second.load_state_dict(mb.Accumulator(model, lambda m, b: (0, 0)).state_dict())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+def run(encoder: Callable[..., Any] = encode, loss_fn: Callable[..., Any] = info_nce, **options: Any) -> Towers:
+    model, batch = case()
+    try:
+        mb.GatheredAccumulator(model, encoder, loss_fn, micro_batch_size=4, **options).run(batch)
+    finally:
+        assert all(p.grad is None for p in model.parameters()), "gradients are as before"
+    return model
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda m, b: (m.left(b["x"]), m.log_scale.exp()), r"outputs\[1\] has shape \(\) .* temperature belongs into"),
+        (lambda m, b: m.left(b["x"]).sum(0), r"outputs has shape \(6,\) for a micro-batch of 4 samples"),
+        (lambda m, b: m.left(b["x"]) @ m.right(b["y"]).T, r"outputs of two micro-batches differ: .* Pad them"),
+        (lambda m, b: None, "encode returned a NoneType without a tensor"),
+        (lambda m, b: [m.left(b["x"]).detach().numpy()], r"outputs\[0\] is an array"),
+        (lambda m, b: {"left": m.left(b["x"]).detach(), "right": b["y"] @ torch.ones(5, 6).double()}, "depends on a"),
+    ],
+)
+def test_outputs_that_are_not_rows_of_samples_are_refused(returned: Callable[..., Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(returned)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (lambda m, o, w: scores(m, o), r"returned a tensor of shape \(11, 11\): .* one tensor of shape \(\)"),
+        (lambda m, o, w: info_nce(m, o, w).item(), "returned a float"),
+        (lambda m, o, w: info_nce(m, o, w).detach(), "depends on no output"),
+        (lambda m, o, w: m.log_scale * 1.0, "depends on no output"),
+    ],
+)
+def test_losses_without_a_gradient_are_refused(loss_fn: Callable[..., Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(loss_fn=loss_fn)
+
+
+def test_a_trainable_tensor_outside_of_model_and_loss_is_refused() -> None:
+    scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+    with pytest.raises(ValueError, match="trainable tensor outside of the model: 'scale'"):
+        run(loss_fn=lambda m, o, w: info_nce(m, o, w) * scale)
+    outside = torch.ones((), dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match="trainable tensor outside of the model: 'outside'"):
+        run(loss_fn=lambda m, o, w: info_nce(m, o, w) * outside)
+    assert outside.grad is None
+    with pytest.raises(ValueError, match="trainable tensor outside of the model: 'scale'"):
+        run(lambda m, b: {key: z * scale if key != "label" else z for key, z in encode(m, b).items()}, keep_graphs=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep_graphs": -1}, "keep_graphs must be an integer of at least 0, or 'auto', got -1"),
+        ({"batch_norm": "exact"}, "batch_norm='exact' is not for losses over all outputs"),
+        ({"keep_graphs": True}, "keep_graphs must be an integer"),
+        ({"encoder": lambda m: m}, r"encode must be callable with \(model, micro_batch\)"),
+        ({"loss_fn": lambda m, o: o}, r"loss_fn must be callable with \(model, outputs, window\)"),
+        ({"loss_fn": nn.CrossEntropyLoss()}, r"loss_fn must be callable with \(model, outputs, window\)"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(**arguments)
+
+
+def test_blocks_have_at_least_one_row() -> None:
+    with pytest.raises(ValueError, match="rows must be an integer of at least 1, got 0"):
+        mb.RowBlocks(info_nce_rows, rows=0)

@@ -44,6 +44,7 @@ class GatheredAccumulator(Accumulator):
     `keep_graphs`: of how many micro-batches, the last ones, the graph is kept instead of being made a second time.
     "auto" keeps one, which takes no more memory than none, and with `max_memory` as many as that has room for.
     `max_memory`: bytes, "6GB", "80%"; goes with `keep_graphs="auto"`, `micro_batch_size="auto"`, or both.
+    `batch_norm`: None warns of layers that couple samples, "micro_batch" does not: they see one micro-batch at a time.
     All else is as in `Accumulator`; `measure` sees each micro-batch's part of the gradient, without the loss's own.
     """
 
@@ -60,6 +61,7 @@ class GatheredAccumulator(Accumulator):
         autocast: Autocast = None,
         scaler: GradScaler | None = None,
         measure: Measure | None = None,
+        batch_norm: Literal["micro_batch"] | None = None,
         device: torch.device | str | None = None,
         grad_dtype: torch.dtype | None = None,
         cut: Cut | None = None,
@@ -68,6 +70,11 @@ class GatheredAccumulator(Accumulator):
     ) -> None:
         _check_callable(encode, "encode", ("model", "micro_batch"))
         _check_callable(loss_fn, "loss_fn", ("model", "outputs", "window"))
+        if batch_norm not in (None, "micro_batch"):
+            raise ValueError(
+                f"batch_norm={batch_norm!r} is not for losses over all outputs: their micro-batches run one by one, twice. "
+                "Convert the layers (macrobatch.batchnorm.convert), freeze them, or give 'micro_batch'"
+            )
         super().__init__(
             model,
             _SumOfOutputs(encode, loss_fn),
@@ -77,6 +84,7 @@ class GatheredAccumulator(Accumulator):
             autocast=autocast,
             scaler=scaler,
             measure=measure,
+            batch_norm=batch_norm,
             device=device,
             grad_dtype=grad_dtype,
             cut=cut,

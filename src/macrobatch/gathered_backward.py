@@ -13,9 +13,9 @@ from macrobatch.gathered_forward import FirstForwards, Piece
 from macrobatch.gathering import Outputs
 from macrobatch.leaves import StrayLeaves, has_nested_backward
 from macrobatch.recovery import Attempt, RunAgain, is_out_of_memory
+from macrobatch.seeds import Learned
 from macrobatch.state import coupled_layer
 from macrobatch.structure import Nested
-from macrobatch.window_pass import Learned
 
 
 class StartOver(Exception):
@@ -97,7 +97,7 @@ class Backwards:
         return Job(part, stop - start, gradients, job.piece)
 
     def step(self, attempt: Attempt) -> None:
-        """The job has added its part to `p.grad`. RunAgain, if it failed while other graphs were kept, which are gone."""
+        """The job has added its part to `p.grad`. RunAgain if it failed while graphs were kept, which are gone now."""
         job: Job = attempt.micro_batch
         outputs, job.graph = job.graph, None
         roots: list[Tensor] = []

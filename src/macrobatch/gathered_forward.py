@@ -99,12 +99,11 @@ class FirstForwards:
         try:
             with torch.set_grad_enabled(keeps), self.replay.first() as beginning:
                 outputs = self.encoder(attempt.micro_batch, attempt.num_samples)
+            kept = (attempt.micro_batch, outputs) if keeps else None
+            return Piece(source, attempt.num_samples, beginning, outputs.detached(), kept)
         except RuntimeError as error:
             if not (is_out_of_memory(error) and self.holds_graphs):
                 raise
-        else:
-            kept = (attempt.micro_batch, outputs) if keeps else None
-            return Piece(source, attempt.num_samples, beginning, outputs.detached(), kept)
         self.let_graphs_go()
         return None
 

@@ -14,8 +14,8 @@ from macrobatch.gradients import WindowGradients
 from macrobatch.leaves import StrayLeaves
 from macrobatch.recovery import is_out_of_memory
 from macrobatch.row_blocks import RowBlocks
+from macrobatch.seeds import Learned
 from macrobatch.structure import Nested
-from macrobatch.window_pass import Learned
 
 GatheredLoss = Callable[[Any, Nested, Window], Tensor]
 
@@ -60,11 +60,11 @@ class WindowLoss:
         If it ran out of memory, what the error said; then `p.grad` may hold a part of it.
         """
         self.num_samples = outputs.num_samples
-        self.value.zero_()
         for row in outputs.rows:
             row.grad = None
             row.requires_grad_(row.is_floating_point() or row.is_complex())
         try:
+            self.value.zero_()
             for share in self._shares(window, outputs):
                 self._share_backward(share, outputs)
                 del share

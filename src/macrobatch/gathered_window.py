@@ -1,6 +1,6 @@
 """One window with a loss over all its outputs, from the first forward to the Report: the order of the three phases."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ from macrobatch.gathered_forward import Encode, Encoder, FirstForwards
 from macrobatch.gathered_loss import GatheredLoss, WindowLoss
 from macrobatch.gathering import Outputs
 from macrobatch.gradients import WindowGradients
-from macrobatch.measuring import Measure, Measurement
+from macrobatch.measuring import Gradients, Measure, Measurement
 from macrobatch.moments import GradientMoments
 from macrobatch.recovery import Recovery, RunAgain
 from macrobatch.replay import Replay
@@ -74,23 +74,25 @@ class GatheredWindow:
     def has_run(self, window: Window, gradients: WindowGradients) -> bool:
         """Every rank's part of the gradient is in `p.grad`; False if the window must run again from zero, on all."""
         self._together(lambda: self._first.run(window, self._keep, self._recovery, self._reduction))
-        outputs, own = self._first.gather(self._ranks)
         self._loss = loss = self._window_loss()
-        before = loss.versions()
-        self._together(lambda: self._loss_backward(window, outputs, gradients))
-        loss.settle(outputs, own, before)
-        gradients.absorb()
-        del outputs
+        self._loss_gradients(loss, window, gradients)
         start_over = self._together(lambda: self._must_start_over(window, gradients, loss))
         return not self._ranks.any(start_over)
 
     def _window_loss(self) -> WindowLoss:
         return WindowLoss(self._encoder, self._recipe.loss_fn, self._pass.learned, self._pass.parameters, self._ranks)
 
-    def _loss_backward(self, window: Window, outputs: Outputs, gradients: WindowGradients) -> None:
-        assert self._loss is not None
+    def _loss_gradients(self, loss: WindowLoss, window: Window, gradients: WindowGradients) -> None:
+        """The loss knows its gradients by this rank's outputs; those by its own parameters are in `p.grad`."""
+        outputs, own = self._first.gather(self._ranks)
+        before = loss.versions()
+        self._together(lambda: self._loss_backward(loss, window, outputs, gradients))
+        loss.settle(outputs, own, before)
+        gradients.absorb()
+
+    def _loss_backward(self, loss: WindowLoss, window: Window, outputs: Outputs, gradients: WindowGradients) -> None:
         random = RandomState(self._pass.device)
-        while (message := self._loss.backward(window, outputs)) is not None:
+        while (message := loss.backward(window, outputs)) is not None:
             if not self._first.holds_graphs:
                 raise torch.OutOfMemoryError(_loss_message(message, outputs.num_samples))
             self._first.let_graphs_go()
@@ -141,9 +143,7 @@ class GatheredWindow:
             self._measurement.restart()
             self._measured = []
 
-    def _moments(
-        self, sums: Sequence[Tensor | None]
-    ) -> tuple[GradientMoments | None, tuple[Tensor | None, ...] | None]:
+    def _moments(self, sums: Gradients) -> tuple[GradientMoments | None, tuple[Tensor | None, ...] | None]:
         if self._measurement is None or not sums:
             return None, None
         scale = self._pass.recipe.unscaler.scale(torch.ones((), device=self._pass.home))
@@ -152,7 +152,7 @@ class GatheredWindow:
         moments = replace(moments, squared_norms=moments.squared_norms[order])
         return moments, self._measurement.mean_squares(1.0, scale, sums)
 
-    def report(self, sums: Sequence[Tensor | None]) -> Report:
+    def report(self, sums: Gradients) -> Report:
         """What the window was. `sums`: the window's gradients; none for one that was evaluated."""
         assert self._loss is not None
         moments, mean_squares = self._moments(sums)

@@ -36,19 +36,20 @@ class Replay:
         self._slots: list[Slot] = []
         self._device: torch.device | None = None
         self._changing: set[int] | None = None  # positions of larger buffers that change; None: not known yet
+        self._last: tuple[list[Tensor], RandomState] | None = None
 
     def watch(self, slots: list[Slot], device: torch.device | None) -> None:
         """These are the buffers, from `state.buffer_slots`, and the device of the random numbers beside the CPU's."""
         if slots != self._slots:
             self._slots, self._changing = slots, None
-        self._device = device
+        self._device, self._last = device, None
 
     @contextmanager
     def first(self) -> Iterator[Beginning]:
         """What the forward inside begins from is remembered."""
         before, states = self._now(), self._states()
         copies = {i: b.detach().clone() for i, (b, _) in enumerate(before) if b is not None and self._is_copied(i, b)}
-        beginning = Beginning(RandomState(self._device), {**copies})
+        beginning = Beginning(self._random(states), {**copies})
         yield beginning
         changed = {i for i, (old, new) in enumerate(zip(before, self._now(), strict=True)) if _differ(old, new)}
         self._changing = (self._changing or set()) | {i for i in changed if not self._is_small(i, before[i][0])}
@@ -90,6 +91,12 @@ class Replay:
     def _now(self) -> list[tuple[Tensor | None, int]]:
         buffers = [module._buffers.get(name) for module, name in self._slots]
         return [(b, 0 if b is None or b.is_inference() else b._version) for b in buffers]
+
+    def _random(self, states: list[Tensor]) -> RandomState:
+        """The present random state; one object for as long as nothing is drawn."""
+        if self._last is None or not all(map(torch.equal, self._last[0], states)):
+            self._last = states, RandomState(self._device)
+        return self._last[1]
 
     def _states(self) -> list[Tensor]:
         states = [torch.get_rng_state()]
