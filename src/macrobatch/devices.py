@@ -11,13 +11,16 @@ from macrobatch.structure import Nested, map_tensors, tensors
 
 def device_of(parameters: Sequence[nn.Parameter]) -> torch.device | None:
     """The device that all parameters share, None if they are spread over several. ValueError on the meta device."""
-    devices = {p.device for p in parameters}
-    if torch.device("meta") in devices:
+    if not parameters:
+        return None
+    first = parameters[0].device
+    shared = all(p.device == first for p in parameters)
+    if any(p.is_meta for p in (parameters[:1] if shared else parameters)):
         raise ValueError(
             "the model has parameters on the meta device, which hold no numbers: call model.to_empty(device=...) and "
             "load or initialise its weights first"
         )
-    return devices.pop() if len(devices) == 1 else None
+    return first if shared else None
 
 
 def on_device(

@@ -28,7 +28,12 @@ def submodules(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
 
 def trainable(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
     """Each parameter of `modules` that requires a gradient, once. Walked anew for each window: nothing can go stale."""
-    parameters = {id(p): p for module in submodules(modules) for p in module._parameters.values() if p is not None}
+    return trainable_of(submodules(modules))
+
+
+def trainable_of(walked: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Each parameter that these modules hold themselves and that requires a gradient, once."""
+    parameters = {id(p): p for module in walked for p in module._parameters.values() if p is not None}
     return [p for p in parameters.values() if p.requires_grad]
 
 
@@ -78,8 +83,9 @@ class WindowGradients:
         grad_dtype: torch.dtype | None = None,
         add: bool = False,
         apart: bool = False,
+        parameters: list[nn.Parameter] | None = None,  # those of `modules` that are trainable, where they are known
     ) -> None:
-        self.parameters = trainable(modules)
+        self.parameters = trainable(modules) if parameters is None else parameters
         self._modules = modules
         self._final_dtype = grad_dtype
         self._add = add

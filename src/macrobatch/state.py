@@ -1,6 +1,6 @@
 """Random numbers and buffers as they were: what a micro-batch that failed must not leave changed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,8 @@ class Moment:
     def remember(self, device: torch.device | None) -> None:
         """The present is what `restore` brings back."""
         self._random = RandomState(device)
-        self._buffers.remember()
+        if self._buffers.slots:
+            self._buffers.remember()
 
     def restore(self) -> None:
         """Random numbers and buffers are as when last remembered."""
@@ -61,20 +62,18 @@ class Buffers:
     """
 
     def __init__(self) -> None:
-        self._slots: list[Slot] = []
+        self.slots: list[Slot] = []
         self._held: list[tuple[Tensor | None, int]] = []  # each slot's tensor and its version, when remembered
         self._copies: dict[int, Tensor] = {}  # by position of the slot
         self._changing: set[int] = set()  # positions of larger ones that were seen to change
 
     def watch(self, slots: list[Slot]) -> None:
         """These buffers are those to remember."""
-        if slots != self._slots:
-            self._slots, self._copies, self._changing, self._held = slots, {}, set(), []
+        if slots != self.slots:
+            self.slots, self._copies, self._changing, self._held = slots, {}, set(), []
 
     def remember(self) -> None:
         """What the buffers hold now is what `restore` brings back."""
-        if not self._slots:
-            return
         now = self._now()
         if self._held:
             pairs = enumerate(zip(self._held, now, strict=True))
@@ -91,12 +90,12 @@ class Buffers:
     def _is_copied(self, i: int, tensor: Tensor) -> bool:
         if not _is_countable(tensor):
             return False
-        return tensor.nbytes <= SMALL or i in self._changing or isinstance(self._slots[i][0], _NormBase)
+        return tensor.nbytes <= SMALL or i in self._changing or isinstance(self.slots[i][0], _NormBase)
 
     def restore(self) -> None:
         """Every buffer holds what it held when last remembered. RuntimeError for one that was too large to copy."""
         for i, (tensor, version) in enumerate(self._held):
-            module, name = self._slots[i]
+            module, name = self.slots[i]
             module._buffers[name] = tensor
             if tensor is None or not _is_countable(tensor):
                 continue
@@ -112,13 +111,18 @@ class Buffers:
         self._held = self._now()
 
     def _now(self) -> list[tuple[Tensor | None, int]]:
-        buffers = [module._buffers.get(name) for module, name in self._slots]
+        buffers = [module._buffers.get(name) for module, name in self.slots]
         return [(b, b._version if b is not None and _is_countable(b) else 0) for b in buffers]
 
 
 def buffer_slots(modules: Sequence[nn.Module]) -> list[Slot]:
-    """Where the modules keep buffers at present."""
-    return [(module, name) for module in submodules(modules) for name in module._buffers]
+    """Where the modules, and those below, keep buffers at present."""
+    return buffer_slots_of(submodules(modules))
+
+
+def buffer_slots_of(walked: Iterable[nn.Module]) -> list[Slot]:
+    """Where these modules themselves keep buffers at present."""
+    return [(module, name) for module in walked for name in module._buffers]
 
 
 def coupled_layer(modules: Sequence[nn.Module]) -> nn.Module | None:

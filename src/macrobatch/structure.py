@@ -247,7 +247,7 @@ def _lists_of_samples(batch: Nested, n: int) -> set[int]:
 
 def _split(node: Nested, sizes: Sequence[int], lists: set[int]) -> list[Nested]:
     if isinstance(node, Tensor) and node.ndim:
-        return list(torch.split(node, list(sizes)))
+        return list(torch.split_with_sizes(node, list(sizes)))
     if is_rows(node):
         return list(np.split(node, np.cumsum(sizes)[:-1]))
     inner = children(node)

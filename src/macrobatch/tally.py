@@ -55,13 +55,17 @@ class Tally:
         since, self._seen = self._seen, len(self.sizes)
         return self.sizes[since:], self.weights[since:]
 
-    def totals(self, ranks: Ranks, names: Iterable[str], device: torch.device) -> "Totals":
+    def totals(
+        self, ranks: Ranks, names: Sequence[str] | None, expected: Iterable[str], device: torch.device
+    ) -> "Totals":
         """Everything summed over the window and over ranks: numbers where that costs no host sync, else of shape ().
 
-        `names`: the columns that any rank has, the same on every rank. ValueError for a column beside them.
+        `names`: the columns that any rank has, the same on every rank; None is all of them, and the `expected` sums.
+        ValueError for a column beside them.
         """
-        names = list(names)
         gathered = self.columns()
+        if names is None:
+            names = ranks.union([*gathered, *(f"sum {name}" for name in expected)])
         for name in gathered:
             if name not in names:
                 kind, short = name.split(" ", 1)

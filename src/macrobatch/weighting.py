@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,8 +37,7 @@ class Loss:
     metrics: Mapping[str, Count] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Terms:
+class Terms(NamedTuple):  # one for each micro-batch: a tuple is made in a fifth of the time of a frozen dataclass
     """A loss in normal form: `sums[name] * multiplier` sums `weight` terms; a sum given as the number 0 is left out."""
 
     sums: dict[str, Tensor]
