@@ -25,8 +25,8 @@ def windows(
     `batch_size` is the effective batch over all ranks; each rank takes its share, and a micro-batch that crosses the
     border of a window is cut there. `batch_size(n)`, a `BatchSchedule` for one, is the size of the window that comes
     after n samples of this pass, the same on every rank. The last window is as short as the data. Under a process group
-    every rank yields equally many windows: a rank whose loader ended yields empty ones. Raises ValueError unless exactly
-    one is given.
+    every rank yields equally many windows: a rank whose loader ended yields empty ones. ValueError unless one of the
+    two is given.
     """
     if (accumulation_steps is None) == (batch_size is None):
         raise ValueError(

@@ -11,6 +11,7 @@ from macrobatch.scaling_families import Family, Rule
 from macrobatch.schedulers import Slot, cycled_betas, group_rates, scheduler_rates
 
 Group = MutableMapping[str, Any]
+ROUNDING = 1e-9  # 10 * (1 - 0.9) is 1, and not 0.9999999999999998
 # What counts updates, and the power of k with which it counts the same samples: exact from the first update on only.
 CLOCKS = {"lr_decay": 1, "momentum_decay": 1, "t0": -1}
 
@@ -86,7 +87,7 @@ class Scaler:
     def _decay_rate(self, beta: float, name: str) -> float:
         if self.rule.averages != "1-k(1-beta)":
             return float(beta**self.k)
-        if self.k * (1 - beta) >= 1:
+        if self.k * (1 - beta) > 1 - ROUNDING:
             raise ValueError(
                 f"adam-sde sets 1 - {name} to k(1 - {name}) = {self.k:g} x {1 - beta:g}, which must stay below 1: "
                 f"at most {1 / (1 - beta):g} times the batch, or rule='sqrt-half-life', which holds for every k"

@@ -132,7 +132,7 @@ FAMILIES = (
     ),
     Family(
         name="adam",
-        optimizers=("adam", "nadam", "radam", "sparseadam", "adamax", "adam8bit", "pagedadam", "pagedadam8bit"),
+        optimizers=("adam", "nadam", "radam", "sparseadam", "adam8bit", "pagedadam", "pagedadam8bit"),
         auto="sqrt-half-life",
         fits=_BY_NOISE,
         why=_NORMALISED,
@@ -151,6 +151,16 @@ FAMILIES = (
         second=("betas", 1),
         has_noise_eps=True,
         is_decoupled=True,
+    ),
+    Family(
+        name="adamax",
+        optimizers=("adamax",),
+        auto="sqrt",
+        fits=("sqrt",),
+        why="the update is the gradient over the largest of late, which is mostly noise and falls with fewer draws",
+        first=("betas", 0),
+        second=("betas", 1),
+        has_noise_eps=True,
     ),
     Family(
         name="invariant",

@@ -62,11 +62,11 @@ class BatchSchedule:
         if not starts or starts[0] != 0 or starts != sorted(starts):
             raise ValueError(f"steps begin at 0 and rise, as in {{0: 256, 100_000: 512}}, got them at {starts}")
         checked = tuple(check_size(size, f"the batch size from {start} on") for start, size in sizes.items())
-        in_samples = [0, *(in_samples(start, tokens_per_sample, "a step") for start in starts[1:])]
+        borders = [0, *(in_samples(start, tokens_per_sample, "a step") for start in starts[1:])]
         last = None if end is None else in_samples(end, tokens_per_sample, "end")
-        if last is not None and last <= in_samples[-1]:
+        if last is not None and last <= borders[-1]:
             raise ValueError(f"end={end} comes before the last step, at {starts[-1]}: that size would never be used")
-        return cls(Steps(tuple(in_samples), checked, last))
+        return cls(Steps(tuple(borders), checked, last))
 
     @classmethod
     def ramp(

@@ -28,7 +28,8 @@ class Slot:
 
     def get(self) -> float:
         """The number as a float; a host sync where it is a tensor on a device."""
-        return float(self._value())
+        value = self._value()
+        return float(value.detach() if isinstance(value, Tensor) else value)
 
     def set(self, number: float) -> None:
         """The place holds `number`."""
@@ -79,9 +80,14 @@ def _with_nested(scheduler: LRScheduler) -> Iterator[LRScheduler]:
 
 
 def _attached_besides(optimizer: Optimizer, known: Sequence[LRScheduler]) -> list[str]:
-    ids = {id(scheduler) for scheduler in known}
-    living = [each for each in gc.get_objects() if issubclass(type(each), LRScheduler) and id(each) not in ids]
-    return sorted(type(each).__name__ for each in living if vars(each).get("optimizer") is optimizer)
+    """Names of the other schedulers that refer to `optimizer`, without those inside others; one pass over the heap."""
+    passed = {id(each) for each in known} | {id(vars(each)) for each in known}
+    holders = [each for each in gc.get_referrers(optimizer) if id(each) not in passed]
+    dicts = [each for each in holders if type(each) is dict and "_last_lr" in each]  # the vars of a scheduler
+    holders += gc.get_referrers(*dicts) if dicts else []
+    found = {id(each): each for each in holders if issubclass(type(each), LRScheduler)}
+    inner = {id(nested) for each in found.values() for nested in _with_nested(each) if nested is not each}
+    return sorted(type(each).__name__ for each in found.values() if id(each) not in inner)
 
 
 def group_rates(group: MutableMapping[str, Any]) -> list[Slot]:

@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import (
     ReduceLROnPlateau,
     SequentialLR,
 )
+from torch.optim.swa_utils import SWALR
 
 from macrobatch.batch import check_size
 from macrobatch.schedulers import checked
@@ -17,6 +18,7 @@ from macrobatch.schedulers import checked
 _CANNOT_FOLLOW = {
     ReduceLROnPlateau: "it steps on a metric: make the warmup without it, and step both",
     ChainedScheduler: "torch cannot start it at 0: chain a LinearLR with its parts instead",
+    SWALR: "it anneals from the rate that it finds: step it alone, after the warmup and the schedule",
     MultiplicativeLR: "torch starts it from the rate in the middle of the warmup: give a LambdaLR with the product",
 }
 
