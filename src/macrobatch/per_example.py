@@ -89,8 +89,8 @@ def _vectorised(
     norms, weights = [], []  # |r_i|^2, W_i
     for start in range(0, n, micro_batch_size):
         each, weight = gradient(parameters, [column[start : start + micro_batch_size] for column in columns])
-        rows = [g.detach().double() if g.dtype == torch.float64 else g.detach().float() for g in each.values()]
-        norms.append(torch.stack([g.flatten(1).square().sum(1, dtype=torch.float64) for g in rows]).sum(0))
+        rows = [g.detach() if g.dtype == torch.float64 else g.detach().float() for g in each.values()]
+        norms.append(torch.stack([g.reshape(len(g), -1).square().sum(1, dtype=torch.float64) for g in rows]).sum(0))
         weights.append(weight.detach().double())
         totals = [g.sum(0) for g in rows]
         sums = totals if not sums else list(torch._foreach_add(sums, totals))
