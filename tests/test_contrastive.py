@@ -473,6 +473,57 @@ def test_one_kept_graph_takes_no_more_memory_than_none_and_each_further_one_its_
     assert full > 1.5 * peaks[1]
 
 
+def spread(model: nn.Module, outputs: Tensor, window: Any) -> Tensor:
+    return torch.cdist(outputs, outputs + 1).mean()
+
+
+def training(keep: Any, size: Any = 16, max_memory: int | None = None) -> tuple[int, mb.GatheredAccumulator, int]:
+    """Bytes at the peak of a window within training with AdamW, the accumulator, forwards in that window."""
+    model, x = deep(), torch.randn(128, 64, dtype=torch.float64)
+    optimizer, forwards = torch.optim.AdamW(model.parameters()), 0
+
+    def counting(m: nn.Module, part: Tensor) -> Tensor:
+        nonlocal forwards
+        forwards += 1
+        return m(part)
+
+    accumulator = mb.GatheredAccumulator(
+        model, counting, spread, micro_batch_size=size, keep_graphs=keep, max_memory=max_memory
+    )
+    for _ in range(30):  # windows of the search for a size
+        mb.apply_update(optimizer, accumulator.run(x))
+        if size != "auto" or accumulator._limit.is_found:
+            break
+    mb.apply_update(optimizer, accumulator.run(x))
+    forwards = 0
+    with mb.MemoryMeter() as meter:  # the optimizer's state is not touched here, and yet stands beside
+        accumulator.run(x)
+    return meter.peak + 2 * sum(p.nbytes for p in model.parameters()), accumulator, forwards
+
+
+def test_with_a_budget_as_many_graphs_are_kept_as_it_has_room_for() -> None:
+    graph = 6 * 16 * 64 * 8
+    peaks = {keep: training(keep)[0] for keep in (0, 1, 3, 6, 8)}
+    assert peaks[8] > peaks[6] > peaks[3] > peaks[1]
+    chosen = {}
+    for keep in (1, 3, 6, 8):
+        budget = peaks[keep] + graph // 2
+        peak, accumulator, forwards = training("auto", max_memory=budget)
+        chosen[keep] = accumulator.keep_graphs
+        assert forwards == 2 * 8 - accumulator.keep_graphs
+        assert peak <= budget
+    assert all(keep - 1 <= found <= keep for keep, found in chosen.items()), chosen
+    with pytest.raises(ValueError, match=r"for the loss over all outputs, which takes .*RowBlocks"):
+        training("auto", max_memory=peaks[0] - 100_000)
+
+
+def test_the_micro_batch_is_found_within_what_the_outputs_leave_of_the_budget() -> None:
+    budget = training(1, size=32)[0] + 100_000
+    peak, accumulator, _ = training("auto", size="auto", max_memory=budget)
+    assert accumulator.micro_batch_size is not None
+    assert peak <= budget
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Low precision
 

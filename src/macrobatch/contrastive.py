@@ -12,24 +12,29 @@ m = 0.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 
 from macrobatch.accumulator import Accumulator
-from macrobatch.batch import Cut, NumSamples
-from macrobatch.distributed import AUTO, GradientReduction, GroupChoice
-from macrobatch.gathered_forward import Encode
+from macrobatch.auto_size import AutoSize
+from macrobatch.batch import Cut, NumSamples, Window, cut_batch
+from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks
+from macrobatch.gathered_forward import Encode, Encoder
 from macrobatch.gathered_loss import GatheredLoss
 from macrobatch.gathered_window import GatheredRecipe, GatheredWindow
-from macrobatch.gradients import Frozen, WindowGradients
+from macrobatch.gradients import Frozen, WindowGradients, modules_of
+from macrobatch.graph_budget import SAMPLES, Needs, needs_of
 from macrobatch.measuring import Measure
+from macrobatch.rehearsal import Rehearsal
 from macrobatch.replay import Replay
 from macrobatch.report import Report
 from macrobatch.sizing import SizeLimit
-from macrobatch.structure import Nested, tensors
+from macrobatch.structure import Nested, map_tensors, tensors
 from macrobatch.window_pass import Autocast, WindowPass
 
 
@@ -42,7 +47,8 @@ class GatheredAccumulator(Accumulator):
     `loss_fn`, if that is a module) get their gradient once. `RowBlocks` computes it some rows at a time.
 
     `keep_graphs`: of how many micro-batches, the last ones, the graph is kept instead of being made a second time.
-    "auto" keeps one, which takes no more memory than none, and with `max_memory` as many as that has room for.
+    "auto" keeps one, which takes no more memory than none unless the loss is large, and with `max_memory` as many as
+    there is room for.
     `max_memory`: bytes, "6GB", "80%"; goes with `keep_graphs="auto"`, `micro_batch_size="auto"`, or both.
     `batch_norm`: None warns of layers that couple samples, "micro_batch" does not: they see one micro-batch at a time.
     All else is as in `Accumulator`; `measure` sees each micro-batch's part of the gradient, without the loss's own.
@@ -72,7 +78,7 @@ class GatheredAccumulator(Accumulator):
         _check_callable(loss_fn, "loss_fn", ("model", "outputs", "window"))
         if batch_norm not in (None, "micro_batch"):
             raise ValueError(
-                f"batch_norm={batch_norm!r} is not for losses over all outputs: their micro-batches run one by one, twice. "
+                f"batch_norm={batch_norm!r} is not for losses over all outputs: micro-batches run one by one, twice. "
                 "Convert the layers (macrobatch.batchnorm.convert), freeze them, or give 'micro_batch'"
             )
         super().__init__(
@@ -95,6 +101,13 @@ class GatheredAccumulator(Accumulator):
             encode, loss_fn, self._measure, cut, self._limit, self._micro_batch_start, Replay()
         )
         self._graphs = _graph_limit(keep_graphs)
+        self._budget = max_memory
+        self._has_room_for_graphs = max_memory is not None and keep_graphs == "auto"  # how much will be seen
+        if max_memory is not None and "auto" not in (keep_graphs, micro_batch_size):
+            raise ValueError(
+                f"max_memory={max_memory!r} goes with keep_graphs='auto' or micro_batch_size='auto'; to enforce one "
+                "run inside memory_limit(...)"
+            )
 
     @property
     def keep_graphs(self) -> int:
@@ -140,6 +153,42 @@ class GatheredAccumulator(Accumulator):
                 turn.evaluate(window)
                 return turn.report([])
 
+    def _window(self, batch: Nested) -> Window:
+        """As of any accumulator; with a budget the loss takes its part of it first, and graphs what is left at last."""
+        searches = isinstance(self._limit, AutoSize) and not self._limit.has_begun
+        needs = self._needs(batch) if searches or self._has_room_for_graphs else None
+        if searches and needs is not None:
+            self._max_memory = needs.left
+        window = super()._window(batch)
+        is_settled = not isinstance(self._limit, AutoSize) or self._limit.is_found
+        if self._has_room_for_graphs and is_settled and needs is not None:
+            self._graphs = SizeLimit(1 + needs.graphs(max(window.micro_batch_sizes), len(window)))
+            self._has_room_for_graphs = False
+        return window
+
+    def _needs(self, batch: Nested) -> Needs | None:
+        """What a window such as `batch` needs beside its micro-batches; None on a rank without samples."""
+        window = batch if isinstance(batch, Window) else Window([batch], num_samples=self._num_samples)
+        if window.num_samples == 0:
+            return None
+        recipe, (sample, n) = self._recipe, max(window.sized(), key=lambda sized: sized[1])
+        rehearsal = Rehearsal(
+            self.model,
+            self.loss_fn,
+            sample,
+            autocast=recipe.autocast,
+            frozen=self._frozen,
+            grad_dtype=self._grad_dtype,
+            device=recipe.device,
+            cut=self._cut,
+            num_samples=self._num_samples,
+        )
+        few = min(n, SAMPLES)
+        part = map_tensors(cut_batch(sample, [few, n - few], self._cut)[0], lambda leaf: leaf.to(rehearsal.device))
+        encoder = Encoder(replace(recipe, model=_without_ddp(self.model)), self._gathered.encode, rehearsal.device)
+        num_samples = window.num_samples * Ranks.of(recipe.process_group).size
+        return needs_of(rehearsal, encoder, self._gathered.loss_fn, (part, few), num_samples, window, self._budget)
+
     def state_dict(self) -> dict[str, Any]:
         """What was learned on the way: sizes that fit and are fast, and how many graphs. For any checkpoint."""
         return super().state_dict() | {"graphs": self._graphs.state_dict()}
@@ -150,6 +199,12 @@ class GatheredAccumulator(Accumulator):
             raise ValueError(f"a gathered accumulator's state holds 'graphs', this one {sorted(state)}")
         super().load_state_dict({key: value for key, value in state.items() if key != "graphs"})
         self._graphs.load_state_dict(state["graphs"])
+
+
+def _without_ddp(model: nn.Module | Sequence[nn.Module]) -> nn.Module | list[nn.Module]:
+    """The model as one process has it: DDP would communicate in a forward that other ranks do not run."""
+    inner = [m.module if isinstance(m, DistributedDataParallel) else m for m in modules_of(model)]
+    return inner[0] if isinstance(model, nn.Module) else inner
 
 
 class _SumOfOutputs(nn.Module):
