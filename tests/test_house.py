@@ -44,7 +44,7 @@ LEVELS = (
     ("accumulator", "loops", "update"),
     ("row_blocks", "gathered_forward"),
     ("gathered_loss", "gathered_backward"),
-    ("gathered_window",),
+    ("gathered_window", "graph_budget"),
     ("epoch", "per_example"),
     # What scaling_rules and warmup stand on.
     ("scaling_families", "schedulers"),

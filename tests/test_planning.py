@@ -29,7 +29,7 @@ def training_peak(case: Case, micro_batch_size: int, batch_size: int) -> int:
     torch.manual_seed(0)
     model, batch = case.build(), case.batch(batch_size)
     optimizer = torch.optim.AdamW(model.parameters())
-    accumulator = mb.Accumulator(model, case.loss_fn)
+    accumulator = mb.Accumulator(model, case.loss_fn, batch_norm="micro_batch")
     whole, rest = divmod(batch_size, micro_batch_size)
 
     def train() -> None:
@@ -80,7 +80,7 @@ def test_the_budget_of_a_plan_is_enough_under_a_simulated_limit_and_a_byte_less_
     assert planned(case, exact - 1).micro_batch_size == again.micro_batch_size - 1
     model, batch = case.build(), case.batch(48)
     optimizer = torch.optim.AdamW(model.parameters())
-    accumulator = mb.Accumulator(model, case.loss_fn, micro_batch_size=again.micro_batch_size)
+    accumulator = mb.Accumulator(model, case.loss_fn, micro_batch_size=again.micro_batch_size, batch_norm="micro_batch")
     with mb.memory_limit(exact):
         for _ in range(2):
             report = accumulator.run(batch)

@@ -135,7 +135,7 @@ def count_operations(
 
 def fresh(kind: str) -> tuple[nn.Module, Batch, mb.Accumulator]:
     model, batch, loss_fn = case(kind)
-    return model, batch, mb.Accumulator(model, loss_fn, micro_batch_size=4)
+    return model, batch, mb.Accumulator(model, loss_fn, micro_batch_size=4, batch_norm="micro_batch")
 
 
 @pytest.mark.usefixtures("_fast_collection")
@@ -195,7 +195,7 @@ def test_with_batchnorm_a_recovered_window_is_one_that_was_cut_smaller_from_the_
             model.load_state_dict(start)
             clear(model)
             window = mb.Window(list(zip(batch[0].split(sizes), batch[1].split(sizes), strict=True)))
-            mb.Accumulator(model, accumulator.loss_fn).run(window)
+            mb.Accumulator(model, accumulator.loss_fn, batch_norm="micro_batch").run(window)
             outcomes[sizes] = gradients(model), {n: b.clone() for n, b in model.named_buffers()}
         assert difference(mine, outcomes[sizes][0]) <= 1e-12
         assert all(torch.equal(buffers[n], b) for n, b in outcomes[sizes][1].items())
@@ -495,7 +495,7 @@ def test_batchnorm_in_a_frozen_module_is_restored_and_refused_by_auto() -> None:
             raise torch.OutOfMemoryError("injected")
         return out
 
-    mb.Accumulator(generator, loss, micro_batch_size=16, frozen=[discriminator]).run(x)
+    mb.Accumulator(generator, loss, micro_batch_size=16, batch_norm="micro_batch", frozen=[discriminator]).run(x)
     assert int(discriminator.num_batches_tracked) == 2
     clear(generator)
     with pytest.raises(ValueError, match=r"'auto' would change the result: '' \(BatchNorm1d, in train mode\)"):

@@ -20,22 +20,22 @@ from torch.amp.grad_scaler import GradScaler
 from torch.utils.data import DataLoader
 
 from macrobatch import structure
-from macrobatch.arguments import check_loss_fn, limit_of
+from macrobatch.arguments import check_loss_fn
 from macrobatch.auto_size import AutoSize, refuse_coupled
 from macrobatch.batch import Cut, NumSamples, Window
-from macrobatch.devices import on_device
 from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks
-from macrobatch.gradients import Frozen, WindowGradients, modules_of, multiply_
+from macrobatch.gradients import Frozen, WindowGradients, modules_of, multiply_, submodules, trainable, trainable_of
 from macrobatch.grouping import Windows
 from macrobatch.measuring import Measure, check_measure
-from macrobatch.recovery import Attempt, Recovery, RunAgain
+from macrobatch.recovery import Recovery, RunAgain
 from macrobatch.report import Report
 from macrobatch.searching import begin_search
 from macrobatch.seeds import Learned
-from macrobatch.state import Moment, buffer_slots
+from macrobatch.state import Moment, buffer_slots, buffer_slots_of
 from macrobatch.structure import Nested
 from macrobatch.tally import CountFn
 from macrobatch.unscaling import Unscaler
+from macrobatch.ways import BatchNorm, Running, warn_of_coupling, way_of
 from macrobatch.window_pass import Autocast, LossFn, Recipe, WindowPass
 
 
@@ -49,6 +49,8 @@ class Accumulator:
     `micro_batch_size`: the most samples in one forward and backward; None takes windows as they come; "auto" finds the
     fastest that fits into `max_memory` (bytes, "6GB", "80%", None for what the device has) during the first windows.
     `count`: micro-batch to number of loss terms, or `{name: number}` for several denominators.
+    `batch_norm`: "exact" normalises over the whole window, "pooled" gathers its running statistics, "micro_batch" does
+    neither, on purpose; None does neither and warns of the layers that this concerns. See the page on batchnorm.
     `frozen`: modules that the loss passes through untrained (the discriminator in a generator's turn).
     `autocast`: a dtype, or a context manager that can be entered again, around each call of `loss_fn`.
     `scaler`: a GradScaler; scaled and unscaled inside `run`, updated by `apply_update`.
@@ -67,6 +69,7 @@ class Accumulator:
         micro_batch_size: int | Literal["auto"] | None = None,
         max_memory: int | str | None = None,
         count: CountFn | None = None,
+        batch_norm: BatchNorm | None = None,
         frozen: Sequence[nn.Module] = (),
         autocast: Autocast = None,
         scaler: GradScaler | None = None,
@@ -80,8 +83,9 @@ class Accumulator:
         check_loss_fn(loss_fn)
         self.model = model
         self.loss_fn = loss_fn
-        self._limit = limit_of(micro_batch_size, max_memory)
         self._measure = check_measure(measure)
+        self._way = way_of(batch_norm, measure)
+        self._limit = self._way.limit(micro_batch_size, max_memory)
         self._max_memory = max_memory
         self._modules = modules_of(model) + ([loss_fn] if isinstance(loss_fn, nn.Module) else [])
         self._window_start, self._micro_batch_start = Moment(), Moment()
@@ -89,6 +93,8 @@ class Accumulator:
         self._unscaler = Unscaler(scaler)
         where = None if device is None else torch.device(device)
         self._everything = self._modules + self._frozen
+        if batch_norm is None and not isinstance(self._limit, AutoSize):  # which refuses them
+            warn_of_coupling(self._everything)
         self._recipe = Recipe(
             model, self._modules, self._everything, loss_fn, count, autocast, self._unscaler, where, process_group
         )
@@ -105,14 +111,20 @@ class Accumulator:
         calls it, with its own samples, or with `Window([])`. If it raises, gradients are as before.
         """
         apart = self._measure is not None
-        with Frozen(self._frozen), WindowGradients(self._modules, self._grad_dtype, add, apart) as gradients:
+        walked = list(submodules(self._everything))  # anew for each window: nothing can go stale
+        with (
+            Frozen(self._frozen),
+            self._way.around(self._everything, self._recipe.process_group),
+            WindowGradients(self._modules, self._grad_dtype, add, apart, self._trainable(walked)) as gradients,
+        ):
             pass_ = WindowPass(self._recipe, self._learned, gradients.parameters, self._measure)
             window, everyone_runs = self._agree_on_window(batch, pass_.ranks)
             pass_.count(window)
-            recovery = self._recovery(pass_)
-            overlaps = gradients.match_parameters and everyone_runs
+            recovery = self._recovery(pass_, walked)
+            overlaps = self._way.overlaps and gradients.match_parameters and everyone_runs
             with GradientReduction(pass_.replicas, pass_.ranks, overlaps, everyone_runs) as reduction:
-                while not self._has_run(window, pass_, gradients, reduction, recovery):
+                running = Running(window, pass_, gradients, reduction, recovery, self._limit, self._cut)
+                while not self._has_run(running):
                     pass_.restart()
                     gradients.restart()
                     recovery.restart()
@@ -130,48 +142,31 @@ class Accumulator:
         recovery.log()
         return report
 
-    def _has_run(
-        self,
-        window: Window,
-        pass_: WindowPass,
-        gradients: WindowGradients,
-        reduction: GradientReduction,
-        recovery: Recovery,
-    ) -> bool:
+    def _has_run(self, running: Running) -> bool:
         """Run every micro-batch of the window; False if it must be run again from zero, on this rank alone."""
-
-        def step(attempt: Attempt) -> None:
-            reduction.announce(attempt.is_last, is_retry=recovery.retries > 0)
-            pass_.forward_backward(attempt, reduction)
-
         try:
-            stopwatch = self._limit.stopwatch(pass_.home)
-            for micro_batch, num_samples, is_last in on_device(window.sized(), pass_.device):
-                recovery.run(micro_batch, num_samples, is_last, step)
-                pass_.measure(gradients)
-                gradients.absorb()
-                pass_.refuse_strays()
-                if stopwatch is not None:
-                    stopwatch.lap(num_samples)
-                del micro_batch  # or three of them would be on the device at once
+            self._way.run(running)
         except RunAgain:
             return False
         return True
 
     def evaluate(self, batch: Nested) -> Report:
         """The Report that `run` would give, without gradients; the model's mode (train or eval) stays the caller's."""
-        with torch.no_grad():
+        with torch.no_grad(), self._way.around(self._everything, self._recipe.process_group):
             pass_ = WindowPass(self._recipe, self._learned, [p for m in self._modules for p in m.parameters()])
             window, _ = self._agree_on_window(batch, pass_.ranks)
             pass_.count(window)
             with GradientReduction(pass_.replicas, pass_.ranks, overlaps=False, everyone_runs=False):
-                for micro_batch, num_samples, _ in on_device(window.sized(), pass_.device):
-                    pass_.forward(micro_batch, num_samples)
+                self._way.evaluate(window, pass_)
             pass_.settle()
             return pass_.report(0)
 
-    def _recovery(self, pass_: WindowPass) -> Recovery:
-        buffers = buffer_slots(self._everything), self._window_start, self._micro_batch_start
+    def _trainable(self, walked: list[nn.Module]) -> list[nn.Parameter]:
+        return trainable(self._modules) if self._frozen else trainable_of(walked)
+
+    def _recovery(self, pass_: WindowPass, walked: list[nn.Module] | None = None) -> Recovery:
+        slots = buffer_slots(self._everything) if walked is None else buffer_slots_of(walked)
+        buffers = slots, self._window_start, self._micro_batch_start
         return Recovery(pass_.parameters, *buffers, self._limit, pass_.device, self._cut)
 
     def _agree_on_window(self, batch: Nested, ranks: Ranks) -> tuple[Window, bool]:

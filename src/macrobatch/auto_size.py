@@ -140,5 +140,6 @@ def refuse_coupled(modules: Sequence[nn.Module]) -> None:
     name = next((name for module in modules for name, other in module.named_modules() if other is layer), "")
     raise ValueError(
         f"micro_batch_size='auto' would change the result: {name!r} ({type(layer).__name__}, in train mode) normalises "
-        "over the micro-batch. Give a number, put the layer into eval mode, or replace it by GroupNorm"
+        'over the micro-batch. Give batch_norm="exact", for which every size gives the same, or a number, put the '
+        "layer into eval mode, or replace it (macrobatch.batchnorm.convert)"
     )

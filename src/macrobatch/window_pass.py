@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from macrobatch.unscaling import Unscaler
 from macrobatch.weighting import LOSS, Count, Terms, checked_count, refuse_bare_token_mean, terms_of
 
 LossFn = Callable[[Any, Nested], Any]
+RunTogether = Callable[[Sequence[Callable[[], Terms]]], list[Terms]]
 Autocast = torch.dtype | AbstractContextManager[Any] | None
 
 
@@ -105,7 +107,7 @@ class WindowPass:
         terms = self._terms(attempt.micro_batch, attempt.num_samples)
         try:
             if not terms.is_empty:
-                self._backward(terms, attempt)
+                self._backward([terms], attempt)
             elif self.ranks.size > 1:  # a backward without terms would give 0, or NaN
                 self.agree_on_exponent()  # in step with the ranks that have terms
                 reduction.join_without_terms()
@@ -117,20 +119,34 @@ class WindowPass:
             attempt.has_communicated = attempt.started_backward and reduction.is_communicating
             raise
 
-    def _backward(self, terms: Terms, attempt: Attempt) -> None:
-        for name, loss_sum in terms.sums.items():
+    def forward_together(self, micro_batches: Sequence[tuple[Nested, int]], run: RunTogether) -> list[Terms]:
+        """The losses of all micro-batches, tallied; `run` makes their forwards, as it sees fit."""
+        all_terms = run([partial(self._terms, micro_batch, n) for micro_batch, n in micro_batches])
+        for terms, (_, n) in zip(all_terms, micro_batches, strict=True):
+            self._tally.add(terms, n)
+        return all_terms
+
+    def forward_backward_together(self, micro_batches: Sequence[tuple[Nested, int]], run: RunTogether) -> None:
+        """As `forward_backward` of each, but `run` makes all the forwards, and their graphs have one backward."""
+        all_terms = [terms for terms in self.forward_together(micro_batches, run) if not terms.is_empty]
+        if all_terms:
+            self._backward(all_terms, Attempt(None, 0, is_last=True))
+
+    def _backward(self, all_terms: Sequence[Terms], attempt: Attempt) -> None:
+        named = [(name, terms) for terms in all_terms for name in terms.sums]
+        losses = [terms.sums[name] for name, terms in named]
+        for (name, _), loss_sum in zip(named, losses, strict=True):
             if not loss_sum.requires_grad:
                 raise ValueError(
                     f"the {name} does not depend on any trainable parameter (it requires no gradient): was it "
                     "detached, or computed under torch.no_grad()? For a micro-batch without terms return (0, 0)"
                 )
-        self._seeds.agree(terms.weight)
-        losses = list(terms.sums.values())
+        self._seeds.agree(all_terms[0].weight)
         if not self.learned.knows_leaves and self._strays is None:
             self._strays = StrayLeaves(losses, self.parameters, self.recipe.loss_fn)
         if attempt.inputs == []:
             return  # every parameter has its gradient from before the micro-batch ran out of memory
-        seeds = [self._seeds.of(name, terms) for name in terms.sums]
+        seeds = [self._seeds.of(name, terms) for name, terms in named]
         attempt.started_backward = True
         torch.autograd.backward(losses, seeds, inputs=attempt.inputs)
 
@@ -163,10 +179,9 @@ class WindowPass:
         if self._is_first:  # weights on the device are looked at this once; those on the CPU always are
             for weight in self._tally.weights:
                 checked_count(weight.cpu() if isinstance(weight, Tensor) else weight, "loss_weight")
-        if self.learned.names is None or self.ranks.size == 1:
-            expected = [f"sum {name}" for name in self._counts or [LOSS]]
-            self.learned.names = self.ranks.union([*self._tally.columns(), *expected])
-        self._totals = self._tally.totals(self.ranks, self.learned.names, self.home)
+        known = self.learned.names if self.ranks.size > 1 else None  # asking costs a message
+        self._totals = self._tally.totals(self.ranks, known, self._counts or (LOSS,), self.home)
+        self.learned.names = tuple(self._totals.columns)
         if self.ranks.size == 1 and (self._is_first or self.home.type == "cpu"):
             self._seeds.relearn(float(self._totals.weight), len(self._tally.sizes))
 

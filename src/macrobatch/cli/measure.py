@@ -61,7 +61,7 @@ class MemoryProbe:
 
     def _two_updates(self, model: nn.Module, window: Window) -> None:
         optimizer = self.task.make_optimizer(model, self.learning_rate)
-        accumulator = Accumulator(model, self.task.loss_fn)
+        accumulator = Accumulator(model, self.task.loss_fn, batch_norm="micro_batch")
         for _ in range(2):
             report = accumulator.run(window)
             if report.retries:
@@ -174,7 +174,7 @@ class GradientMeter:
     ) -> None:
         self._task, self._micro_batch_size = task, micro_batch_size
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._accumulator = Accumulator(model, task.loss_fn)
+        self._accumulator = Accumulator(model, task.loss_fn, batch_norm="micro_batch")
         self._by_size = {size: RunningVariance() for size in sizes}
         self._native = RunningVariance() if native else None
         self._largest_difference = 0.0

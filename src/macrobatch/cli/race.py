@@ -24,7 +24,7 @@ class Racer:
         self.way, self.task = way, task
         self.model = copy.deepcopy(task.model).to(device)
         self._optimizer = task.make_optimizer(self.model, learning_rate)
-        self._accumulator = Accumulator(self.model, task.loss_fn)
+        self._accumulator = Accumulator(self.model, task.loss_fn, batch_norm="micro_batch")
         self._seen = self._skipped = 0
         self._losses: list[tuple[int, float]] = []
         self._validation_losses: list[tuple[int, float]] = []

@@ -76,6 +76,7 @@ class Run:
             task.loss_fn,
             micro_batch_size=self.given_size or "auto",
             max_memory=None if self.given_size else self.max_memory,
+            batch_norm="micro_batch",  # the task says what its micro-batches normalise over
             autocast=self.autocast,
             scaler=setup.scaler_for(options.precision, self.device),
         )

@@ -44,7 +44,7 @@ def validate(
 ) -> Validation:
     """The loss and the metrics of `task` for `model` in eval mode; the model's mode is put back."""
     accumulators = {
-        name: Accumulator(model, loss_fn, autocast=autocast)
+        name: Accumulator(model, loss_fn, batch_norm="micro_batch", autocast=autocast)
         for name, loss_fn in {"": task.loss_fn, **task.metrics}.items()
     }
     sums = dict.fromkeys(accumulators, 0.0)

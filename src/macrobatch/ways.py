@@ -1,0 +1,228 @@
+"""Ways to run the micro-batches of a window: one after the other, or in lockstep where a layer couples them."""
+
+import gc
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, Protocol
+
+import torch
+from torch import nn
+
+from macrobatch.arguments import limit_of
+from macrobatch.batch import Cut, Window
+from macrobatch.budget import budget_bytes
+from macrobatch.coupling import coupled_layers, coupling_message
+from macrobatch.devices import on_device
+from macrobatch.distributed import GradientReduction, GroupChoice
+from macrobatch.gradients import WindowGradients
+from macrobatch.lockstep import run_in_lockstep
+from macrobatch.measuring import Measure
+from macrobatch.memory import memory_limit
+from macrobatch.offload import Offload
+from macrobatch.pooled_norm import pooled
+from macrobatch.recovery import Attempt, Recovery, RunAgain, is_out_of_memory
+from macrobatch.sizing import SizeLimit
+from macrobatch.structure import Nested, tensors
+from macrobatch.substitution import held_tensors
+from macrobatch.weighting import Terms
+from macrobatch.window_pass import WindowPass
+
+BatchNorm = Literal["exact", "pooled", "micro_batch"]
+Size = int | Literal["auto"] | None
+WHOLE = 2**31  # samples: a first micro-batch size without a bound
+
+
+@dataclass(frozen=True)
+class Running:
+    """A window on its way, and all that takes part in it."""
+
+    window: Window
+    pass_: WindowPass
+    gradients: WindowGradients
+    reduction: GradientReduction
+    recovery: Recovery
+    limit: SizeLimit
+    cut: Cut | None
+
+
+class Way(Protocol):
+    """How the micro-batches of a window are run. `overlaps`: whether DDP may reduce in a backward."""
+
+    @property
+    def overlaps(self) -> bool: ...  # noqa: D102
+
+    def limit(self, micro_batch_size: Size, max_memory: int | str | None) -> SizeLimit:
+        """How large micro-batches may be."""
+
+    def around(self, modules: Sequence[nn.Module], process_group: GroupChoice) -> AbstractContextManager[None]:
+        """A context for the whole window."""
+
+    def run(self, running: Running) -> None:
+        """Every micro-batch is run and tallied, its gradient added. RunAgain: the window must start again from zero."""
+
+    def evaluate(self, window: Window, pass_: WindowPass) -> None:
+        """Every micro-batch is tallied, without gradients."""
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """One micro-batch after the other; with `pools` running statistics are those of the whole window."""
+
+    pools: bool = False
+    overlaps: bool = True
+
+    def limit(self, micro_batch_size: Size, max_memory: int | str | None) -> SizeLimit:
+        """As given, or searched for."""
+        return limit_of(micro_batch_size, max_memory)
+
+    def around(self, modules: Sequence[nn.Module], process_group: GroupChoice) -> AbstractContextManager[None]:
+        """Where statistics are pooled, if they are."""
+        return pooled(modules, process_group=process_group) if self.pools else nullcontext()
+
+    def run(self, running: Running) -> None:
+        """Forward and backward of each micro-batch, in parts where memory demands it."""
+        pass_, recovery, gradients = running.pass_, running.recovery, running.gradients
+
+        def step(attempt: Attempt) -> None:
+            running.reduction.announce(attempt.is_last, is_retry=recovery.retries > 0)
+            pass_.forward_backward(attempt, running.reduction)
+
+        stopwatch = running.limit.stopwatch(pass_.home)
+        for micro_batch, num_samples, is_last in on_device(running.window.sized(), pass_.device):
+            recovery.run(micro_batch, num_samples, is_last, step)
+            pass_.measure(gradients)
+            gradients.absorb()
+            pass_.refuse_strays()
+            if stopwatch is not None:
+                stopwatch.lap(num_samples)
+            del micro_batch  # or three of them would be on the device at once
+
+    def evaluate(self, window: Window, pass_: WindowPass) -> None:
+        """The forward of each micro-batch."""
+        for micro_batch, num_samples, _ in on_device(window.sized(), pass_.device):
+            pass_.forward(micro_batch, num_samples)
+
+
+class InLockstep:
+    """All micro-batches together, their graphs in host memory: batch normalisation over the whole window.
+
+    `max_memory`: enforced while a window runs. The largest micro-batch that fits is the cheapest: one that holds the
+    whole window is the full batch with its saved tensors offloaded; after an out-of-memory error the window is run
+    again in halves. `offload`: the last window's, for what lay on the host.
+    """
+
+    overlaps = False  # the layers' own sums over ranks come in between
+
+    def __init__(self) -> None:
+        self._max_memory: int | str | None = None
+        self._has_run = False
+        self.offload = Offload()
+
+    def limit(self, micro_batch_size: Size, max_memory: int | str | None) -> SizeLimit:
+        """As given; "auto" begins with the whole window."""
+        if micro_batch_size != "auto":
+            return limit_of(micro_batch_size, max_memory)
+        self._max_memory = max_memory
+        return SizeLimit(WHOLE)
+
+    def around(self, modules: Sequence[nn.Module], process_group: GroupChoice) -> AbstractContextManager[None]:
+        """Nothing: the forwards take care of themselves."""
+        return nullcontext()
+
+    def run(self, running: Running) -> None:
+        """The forwards of all micro-batches, then one backward."""
+        window, pass_ = running.window, running.pass_
+        if pass_.ranks.any(next(window.sized(), None) is None):
+            raise ValueError(
+                'batch_norm="exact" sums statistics over ranks, and some rank has no micro-batch: give samples to all'
+            )
+        if running.limit.current is not None:
+            window = window.cut(running.limit.current, cut=running.cut)
+        micro_batches = [(micro_batch, n) for micro_batch, n, _ in on_device(window.sized(), pass_.device)]
+        running.reduction.announce(is_last=False, is_retry=running.recovery.retries > 0)
+        message = self._try(running, micro_batches)
+        if message is not None:
+            largest = max(n for _, n in micro_batches)
+            del micro_batches
+            _run_again(running, largest, message)
+        self._has_run = True
+
+    def _try(self, running: Running, micro_batches: list[tuple[Nested, int]]) -> str | None:
+        """None if the window has been run, else what the allocator said."""
+        pass_ = running.pass_
+        kept = [*held_tensors(pass_.recipe.everything), *(leaf for m, _ in micro_batches for leaf in tensors(m))]
+        self.offload = Offload(kept)
+        try:
+            with self._memory(pass_.home):
+                pass_.forward_backward_together(micro_batches, partial(self._forwards, pass_))
+            running.gradients.absorb()
+            pass_.refuse_strays()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return str(error).splitlines()[0]
+        return None
+
+    def _forwards(self, pass_: WindowPass, forwards: Sequence[Callable[[], Terms]]) -> list[Terms]:
+        return run_in_lockstep(
+            forwards,
+            pass_.recipe.everything,
+            ranks=pass_.ranks,
+            offload=self.offload if torch.is_grad_enabled() else None,
+            look_closely=not self._has_run,
+        )
+
+    def _memory(self, device: torch.device) -> AbstractContextManager[None]:
+        if self._max_memory is None:
+            return nullcontext()
+        return memory_limit(budget_bytes(self._max_memory, device), device=device)
+
+    def evaluate(self, window: Window, pass_: WindowPass) -> None:
+        """The forwards, in lockstep, too: a layer in train mode sees the whole window."""
+        micro_batches = [(micro_batch, n) for micro_batch, n, _ in on_device(window.sized(), pass_.device)]
+        pass_.forward_together(micro_batches, partial(self._forwards, pass_))
+
+
+def _run_again(running: Running, num_samples: int, message: str) -> None:
+    """RunAgain with smaller micro-batches; torch.OutOfMemoryError where that is no way out."""
+    gc.collect()  # the error is gone, and with its traceback the graphs
+    if running.pass_.home.type == "cuda":
+        torch.cuda.empty_cache()
+    running.recovery.retries += 1
+    if running.pass_.ranks.size > 1:
+        raise torch.OutOfMemoryError(
+            f"out of memory in a window that several ranks normalise together: {message}. Give a smaller "
+            "micro_batch_size; on one rank alone such errors are recovered"
+        )
+    if num_samples == 1:
+        raise torch.OutOfMemoryError(
+            f"a window in lockstep does not fit, one sample at a time: {message}. What grows with the window is what "
+            "its forwards hold while they wait, about two layers' outputs: give a smaller effective batch, a lower "
+            "precision (autocast=torch.bfloat16), or a larger memory budget"
+        )
+    running.limit.failed(num_samples)
+    raise RunAgain
+
+
+def way_of(batch_norm: BatchNorm | None, measure: Measure | None) -> Way:
+    """The way that `batch_norm` asks for. ValueError for anything else, and where it cannot be measured."""
+    if batch_norm not in (None, "exact", "pooled", "micro_batch"):
+        raise ValueError(f"batch_norm must be 'exact', 'pooled', 'micro_batch' or None, got {batch_norm!r}")
+    if batch_norm != "exact":
+        return OneByOne(pools=batch_norm == "pooled")
+    if measure is not None:
+        raise ValueError(
+            f'batch_norm="exact" has one backward for the whole window, in which no micro-batch has a gradient of its '
+            f"own, so measure={measure!r} has nothing to measure: leave it out, or convert the BatchNorm layers"
+        )
+    return InLockstep()
+
+
+def warn_of_coupling(modules: Sequence[nn.Module]) -> None:
+    """A UserWarning if there are layers that couple samples, which names them and the choices."""
+    layers = coupled_layers(modules)
+    if layers:
+        warnings.warn(coupling_message(layers), stacklevel=3)
