@@ -226,49 +226,62 @@ class ScheduledBatches:
         self._process_group = process_group
 
     def __iter__(self) -> Iterator[list[int]]:
-        ranks = Ranks.of(self._process_group)
-        samples, used = self._position(ranks)
-        if used == 0:
-            self.schedule._begin_pass()
-        indices = islice(iter(self.sampler), used, None)
-        self.schedule._is_resumed = False
-        while True:
-            size = self.schedule._draw(samples)
-            batch = list(islice(indices, share(size, ranks)))
-            if batch and (len(batch) == share(size, ranks) or not self.drop_last):
+        ranks, schedule = Ranks.of(self._process_group), self.schedule
+        drawn = self._used(ranks)
+        if drawn == 0:
+            schedule._begin_pass()
+        schedule._is_resumed = False
+        indices = islice(iter(self.sampler), _own(drawn, ranks), None)
+        for end in self._ends(drawn, ranks):
+            schedule._drawn = schedule._pass_start + end
+            wanted = _own(end, ranks) - _own(drawn, ranks)
+            batch, drawn = list(islice(indices, wanted)), end
+            if len(batch) == wanted or (batch and not self.drop_last):
                 yield batch
-            if len(batch) < share(size, ranks):
+            if len(batch) < wanted:  # the sampler had no length, and this is its end
                 return
-            samples += size
 
     def __len__(self) -> int:
         """Batches in the pass to come, as known now. TypeError where the sampler has no length."""
         if not isinstance(self.sampler, Sized):
             raise TypeError(f"the sampler, a {type(self.sampler).__name__}, has no length, so its batches have none")
         ranks = Ranks.of(self._process_group)
-        samples, used = self._position(ranks)
-        count, left = 0, len(self.sampler) - used
-        while left > 0:
-            size = self.schedule._sizes(samples)
-            count += left >= share(size, ranks) or not self.drop_last
-            left -= share(size, ranks)
-            samples += size
-        return count
+        return sum(1 for _ in self._ends(self._used(ranks), ranks))
 
-    def _position(self, ranks: Ranks) -> tuple[int, int]:
-        """Samples before the next batch, and how many indices of this rank were used in a pass that is resumed.
-
-        The batches used are found by going through their sizes again, from the beginning of the pass.
-        """
-        schedule, used = self.schedule, 0
-        if not schedule._is_resumed:
-            return schedule.samples, 0
-        samples = schedule._pass_start
-        while samples < schedule.samples:
-            size = schedule._sizes(samples)
-            samples, used = samples + size, used + share(size, ranks)
-        is_over = samples > schedule.samples  # the last batch used was the short one at the end of the pass
+    def _total(self, ranks: Ranks) -> float:
+        """Samples of a pass over all ranks."""
         if isinstance(self.sampler, Sized):
-            left = len(self.sampler) - used
-            is_over |= left < (share(schedule._sizes(samples), ranks) if self.drop_last else 1)
-        return (schedule.samples, 0) if is_over else (samples, used)
+            return len(self.sampler) * ranks.size
+        if ranks.size > 1:
+            raise ValueError(
+                f"the sampler, a {type(self.sampler).__name__}, has no length, so {ranks.size} ranks cannot tell when "
+                "to end together: give one with a length, the same on every rank, such as DistributedSampler"
+            )
+        return math.inf
+
+    def _ends(self, drawn: int, ranks: Ranks) -> Iterator[int]:
+        """The samples of this pass, over all ranks, at the end of each batch from `drawn` samples on."""
+        # A pass that is not resumed begins at the samples used by now: len asks before it has begun.
+        start, total = self.schedule._pass_start if drawn else self.schedule.samples, self._total(ranks)
+        while True:
+            size = self.schedule._sizes(start + drawn)
+            share(size, ranks)  # each rank gets something
+            left = min(size, total - drawn)
+            # Where fewer samples are left than ranks, some rank would wait for the others without a batch.
+            if left < (size if self.drop_last else ranks.size):
+                return
+            drawn += int(left)
+            yield drawn
+
+    def _used(self, ranks: Ranks) -> int:
+        """Samples that a pass which is resumed has used, over all ranks; 0 where a new one begins."""
+        schedule = self.schedule
+        used = schedule.samples - schedule._pass_start
+        if not schedule._is_resumed or used == 0:
+            return 0
+        return used if any(True for _ in self._ends(used, ranks)) else 0
+
+
+def _own(samples: int, ranks: Ranks) -> int:
+    """How many of the first `samples` of a pass are this rank's: they go around, so no rank runs out before others."""
+    return (samples + ranks.size - 1 - ranks.rank) // ranks.size
