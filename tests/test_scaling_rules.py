@@ -420,10 +420,6 @@ class Lion(Optimizer):
                 m.lerp_(p.grad, 1 - group["betas"][1])
 
 
-class InvariantAdamW(AdamW):
-    """The name that the rule goes by; here with the gradient's own noise, so that only rates and betas count."""
-
-
 # How to make it, and the noise of one sample's gradient, large beside the gradient of at most 6.
 ON_NOISE: dict[str, tuple[Callable[[list[nn.Parameter]], Optimizer], float]] = {
     "SGD": (lambda p: SGD(p, 6e-4, momentum=0.0), 30.0),
@@ -518,7 +514,8 @@ def test_optimizers_of_matrices_keep_their_course_too(name: str, lr: float) -> N
 
 
 def test_where_squares_are_those_of_micro_batches_rate_and_betas_go_by_the_invariant_rule() -> None:
-    optimizer = InvariantAdamW([nn.Parameter(torch.ones(1))], lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    options = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "reference_batch_size": 4}
+    optimizer = mb.InvariantAdamW([nn.Parameter(torch.ones(1))], **options)  # type: ignore[arg-type]
     scaling = mb.scale_hyperparameters(optimizer, from_batch_size=1, to_batch_size=8)
     (group,) = optimizer.param_groups
     assert (scaling.rule, scaling.family) == ("invariant", "invariant")

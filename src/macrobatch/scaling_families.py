@@ -49,7 +49,7 @@ RULES = {
             averages="1-k(1-beta)",
             eps_power=-0.5,
             why="the stochastic differential equation of the optimizer stays the same",
-            source="Malladi et al. 2022, definitions 2 and 3",
+            source="Malladi et al. 2022",
         ),
         Rule(
             name="half-life",

@@ -15,7 +15,7 @@ from macrobatch.schedulers import Schedulers, checked
 
 RuleName = Literal["auto", "linear", "sqrt", "adam-sde", "half-life", "sqrt-half-life", "invariant", "none"]
 
-LINEAR_SHOWN_UP_TO = 32  # times the batch: ResNet-50 from 256 to 8192 (Goyal et al. 2017, table 1 and figure 1)
+LINEAR_SHOWN_UP_TO = 32  # times the batch: ResNet-50 from 256 to 8192 (Goyal et al. 2017)
 
 
 class ScalingWarning(UserWarning):
@@ -96,7 +96,9 @@ def scale_hyperparameters(
         from_batch_size=from_batch_size,
         to_batch_size=to_batch_size,
         lr_factor=scaler.lr_factor,
-        changes=tuple(change for _, change in planned if change.after != change.before and not change.name.endswith("_last_lr")),
+        changes=tuple(
+            change for _, change in planned if change.after != change.before and not change.name.endswith("_last_lr")
+        ),
         caveats=caveats,
     )
 
@@ -121,7 +123,7 @@ def _beyond_the_size(scaler: Scaler, before: int, after: int, noise_scale: float
         if scaler.rule.name == "linear" and scaler.k > LINEAR_SHOWN_UP_TO:
             yield (
                 f"the linear rule was shown to hold up to {LINEAR_SHOWN_UP_TO} times the batch, and this is "
-                f"{scaler.k:g} times: at 64 times the error had risen by 1.2 points (Goyal et al. 2017, table 1). "
+                f"{scaler.k:g} times: at 64 times the error had risen by 1.2 points (Goyal et al. 2017). "
                 "Measure the noise scale and give it as noise_scale="
             )
         return
@@ -135,7 +137,7 @@ def _beyond_the_size(scaler: Scaler, before: int, after: int, noise_scale: float
         yield (
             f"batch size {larger} is beyond the noise scale {noise_scale:.4g}, where gradients are no longer mostly "
             f"noise: the rule multiplies lr by {scaler.lr_factor:.4g}, while {scaler.k:.4g} times the batch is worth "
-            f"only {gain:.4g} updates (McCandlish et al. 2018, equation 2.8)"
+            f"only {gain:.4g} updates (McCandlish et al. 2018)"
         )
 
 
@@ -157,7 +159,7 @@ def scale_ema(decay: float, *, from_batch_size: int, to_batch_size: int) -> floa
     """The decay with which an average of weights spans as many samples at `to_batch_size`: decay**k.
 
     For weight averages and for the teachers of BYOL and DINO, beside the optimizer's own rule. ValueError for a decay
-    outside [0, 1]. Busbridge et al. 2023, equation 4.
+    outside [0, 1]. Busbridge et al. 2023.
 
     >>> scale_ema(0.99, from_batch_size=256, to_batch_size=512)
     0.9801

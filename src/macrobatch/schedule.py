@@ -127,7 +127,7 @@ class BatchSchedule:
         return result
 
     def observe(self, critical_batch_size: float) -> bool:
-        """Whether the size was doubled: 2B where the critical batch size is above 2B. Merrill et al. 2025, section 5.
+        """Whether the size was doubled: 2B where the critical batch size is above 2B. Merrill et al. 2025.
 
         Batches already drawn keep their size, and until the first doubled one arrives nothing is doubled again. An
         estimate that is not finite counts as none. Every rank must be told the same number. ValueError for a schedule
