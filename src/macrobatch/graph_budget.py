@@ -59,8 +59,8 @@ class Needs:
         room_for_loss = room + (0 if self.has_gradients else trace.gradients)
         if self.loss > room_for_loss:
             raise ValueError(
-                f"max_memory={format_bytes(self.account.max_bytes)} leaves {format_bytes(max(room_for_loss, 0))} for the "
-                f"loss over all outputs, which takes {format_bytes(self.loss)}. What would help: the same loss in "
+                f"max_memory={format_bytes(self.account.max_bytes)} leaves {format_bytes(max(room_for_loss, 0))} for "
+                f"the loss over all outputs, which takes {format_bytes(self.loss)}. What would help: the same loss in "
                 "blocks (RowBlocks(loss_fn, rows=...)), outputs of fewer dimensions, a larger budget"
             )
         beside_loss = (room_for_loss - self.loss) // graph
