@@ -3,9 +3,14 @@
 import copy
 import itertools
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 
+import noise_ranks
 import pytest
 import torch
 from moments_by_hand import float64, moments_of_gradients, report_of
@@ -15,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import macrobatch as mb
 from macrobatch.batch_tradeoff import efficiency, fastest_batch_size, gain, tradeoff
+from macrobatch.distributed import Ranks
 from macrobatch.moment_average import MOST_BLOCKS
 from macrobatch.noise import _student
-from macrobatch.per_example import _one_at_a_time, _vectorised
+from macrobatch.per_example import _moments, _one_at_a_time, _vectorised
 
 SIZES = [1, 3, 8, 20]
 
@@ -451,7 +457,8 @@ def test_example_by_example_equals_brute_force(micro_batch_size: int) -> None:
 
 def test_both_ways_example_by_example_agree() -> None:
     model, batch = Net().double(), tokens(9)
-    assert_same(_vectorised([model], model, token_sum, batch, 4), _one_at_a_time(model, token_sum, batch))
+    vectorised = _moments(*_vectorised([model], model, token_sum, batch, 4), Ranks(None))
+    assert_same(vectorised, _one_at_a_time(model, token_sum, batch))
 
 
 class Counting(nn.Module):
@@ -569,6 +576,37 @@ def test_observing_a_report_reads_nothing_from_the_device() -> None:
         noise.observe(report)
     with pytest.raises(AssertionError, match="a tensor was read"), NoReading():
         torch.ones(()).item()
+
+
+# ---- over ranks
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """For each claim the traceback of each rank, empty where it held."""
+    world, folder, script = request.param, tmp_path_factory.mktemp("ranks"), Path(noise_ranks.__file__)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(world), str(folder)], env=environment, cwd=script.parent
+        )
+        for rank in range(world)
+    ]
+    try:
+        for process in processes:
+            process.wait(timeout=120)
+    finally:
+        for process in processes:
+            process.kill()
+    paths = {claim.__name__: [folder / f"{claim.__name__}.{r}" for r in range(world)] for claim in noise_ranks.CLAIMS}
+    return {name: [p.read_text() if p.exists() else "never finished" for p in ps] for name, ps in paths.items()}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("claim", [claim.__name__ for claim in noise_ranks.CLAIMS])
+def test_on_real_processes(claim: str, outcomes: dict[str, list[str]]) -> None:
+    failures = [f"rank {rank}:\n{text}" for rank, text in enumerate(outcomes[claim]) if text]
+    assert not failures, "\n".join(failures)
 
 
 # ---- state and errors

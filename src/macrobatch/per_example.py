@@ -1,6 +1,7 @@
 """The moments of a batch whose micro-batches are single samples: what tells most about noise, at most work."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from macrobatch.substitution import Stage
 from macrobatch.weighting import Loss
 
 LossFn = Callable[[Any, Any], Any]
+Sums = tuple[Tensor, Tensor, list[Tensor]]  # |r_i|^2 and W_i of each sample, and the sum of r_i by parameter
 
 
 def per_example_moments(
@@ -32,13 +34,14 @@ def per_example_moments(
     """
     modules = [*modules_of(model), *([loss_fn] if isinstance(loss_fn, nn.Module) else [])]
     check_size(micro_batch_size)
-    stage = Stage(modules, loss_fn)
+    stage, ranks = Stage(modules, loss_fn), Ranks.of(AUTO, ddp_modules(modules))
+    own: Sums | None = None
     if not ddp_modules(modules):
-        try:
-            with stage.copies():
-                return _vectorised(modules, model, loss_fn, batch, micro_batch_size)
-        except (RuntimeError, _NotVectorised):
-            pass  # whatever is wrong beyond that is raised by the way that needs nothing special
+        # Whatever is wrong beyond what torch.func cannot do is raised by the way that needs nothing special.
+        with suppress(Exception), stage.copies():
+            own = _vectorised(modules, model, loss_fn, batch, micro_batch_size)
+    if ranks.all(own is not None) and own is not None:
+        return _moments(*own, ranks)
     with stage.copies():
         return _one_at_a_time(model, loss_fn, batch)
 
@@ -68,7 +71,7 @@ class _Whole(nn.Module):
 
 def _vectorised(
     modules: Sequence[nn.Module], model: Any, loss_fn: LossFn, batch: Nested, micro_batch_size: int
-) -> GradientMoments:
+) -> Sums:
     whole = _Whole(modules, lambda sample: _sum_and_weight(loss_fn(model, sample)))
     trained = {id(p) for p in trainable(modules)}
     parameters = {name: p.detach() for name, p in whole.named_parameters() if id(p) in trained}
@@ -85,8 +88,8 @@ def _vectorised(
         return result
 
     gradient = vmap(grad(loss, has_aux=True), in_dims=(None, 0), randomness="different")
-    sums: list[Tensor] = []  # of the gradients r_i of each sample's loss_sum
-    norms, weights = [], []  # |r_i|^2, W_i
+    sums: list[Tensor] = []
+    norms, weights = [], []
     for start in range(0, n, micro_batch_size):
         each, weight = gradient(parameters, [column[start : start + micro_batch_size] for column in columns])
         rows = [g.detach() if g.dtype == torch.float64 else g.detach().float() for g in each.values()]
@@ -94,7 +97,7 @@ def _vectorised(
         weights.append(weight.detach().double())
         totals = [g.sum(0) for g in rows]
         sums = totals if not sums else list(torch._foreach_add(sums, totals))
-    return _moments(torch.cat(norms), torch.cat(weights), sums, Ranks.of(AUTO))
+    return torch.cat(norms), torch.cat(weights), sums
 
 
 def _moments(norms: Tensor, weights: Tensor, sums: list[Tensor], ranks: Ranks) -> GradientMoments:
