@@ -92,6 +92,20 @@ def partly_in_eval_mode() -> nn.Module:
     return model
 
 
+class Branches(nn.Module):
+    """Ways side by side, each with its own normalisation, and one whose output nobody uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ways = nn.ModuleList(nn.Sequential(nn.Linear(7, 6), nn.BatchNorm1d(6), nn.Tanh()) for _ in range(4))
+        self.unused = nn.Sequential(nn.Linear(7, 6), nn.BatchNorm1d(6))
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.unused(x)
+        return self.head(sum(way(x) for way in self.ways))
+
+
 class FrontWithoutGraph(nn.Module):
     """Its front runs under no_grad, normalisation included."""
 
@@ -150,6 +164,7 @@ CASES = {
     "track_running_stats=False": Case(lambda: flat(track_running_stats=False), (7,)),
     "affine=False": Case(lambda: Convolutional(2, affine=False), IMAGE),
     "a layer used twice": Case(Twice, (7,)),
+    "ways side by side, one unused": Case(Branches, (7,)),
     "partly frozen": Case(partly_frozen, IMAGE),
     "partly in eval mode": Case(partly_in_eval_mode, IMAGE),
     "a front under no_grad": Case(FrontWithoutGraph, (7,)),

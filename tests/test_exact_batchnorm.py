@@ -26,7 +26,7 @@ def in_lockstep(
 ) -> Tensor:
     """`p.grad` is the gradient of the mean over all micro-batches, which run in lockstep; the mean is returned."""
     forwards = [lambda micro_batch=micro_batch: loss(model, micro_batch) for micro_batch in micro_batches]
-    terms = run_in_lockstep(forwards, [model], offload=offload)
+    terms = run_in_lockstep(forwards, [model], offload=offload).results
     total = sum(weight for _, weight in terms)
     torch.autograd.backward([loss_sum / total for loss_sum, _ in terms])
     return sum(loss_sum.detach() for loss_sum, _ in terms) / total
@@ -120,7 +120,7 @@ def test_without_a_graph_the_losses_and_statistics_are_those_of_the_full_batch()
     model, batch = Residual().double(), batch_of(10, (3, 6, 6))
     twin, _, expected_loss = full_batch(model, batch)
     with torch.no_grad():
-        terms = run_in_lockstep([lambda b=b: loss_sum(model, b)[0] for b in cut(batch, SIZES)], [model])
+        terms = run_in_lockstep([lambda b=b: loss_sum(model, b)[0] for b in cut(batch, SIZES)], [model]).results
     assert not any(term.requires_grad for term in terms)
     assert abs(float(sum(terms)) / 10 - expected_loss) <= 1e-12
     assert buffer_difference(model, twin) <= 1e-12
@@ -142,7 +142,7 @@ def test_float32_keeps_its_digits_where_the_mean_is_ten_thousand_standard_deviat
         outputs.append(single(inputs[j]))
         return (outputs[-1].sin() * weights.split(3)[j]).sum()
 
-    losses = run_in_lockstep([lambda j=j: forward(j) for j in range(len(inputs))], [single])
+    losses = run_in_lockstep([lambda j=j: forward(j) for j in range(len(inputs))], [single]).results
     torch.autograd.backward(losses)
     assert difference([y.detach() for y in outputs], expected.detach().split(3)) <= 1e-4
     assert difference([x.grad], [y.grad]) <= 1e-4
@@ -186,9 +186,9 @@ def test_autocast_modes_hooks_and_grad_mode_reach_every_forward() -> None:
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), Mode():
         run_in_lockstep([forward, forward], [nn.Identity()])
     with torch.device("meta"):
-        assert run_in_lockstep([lambda: torch.ones(1)], [])[0].is_meta
+        assert run_in_lockstep([lambda: torch.ones(1)], []).results[0].is_meta
     with torch.inference_mode():
-        assert run_in_lockstep([lambda: torch.ones(1)], [])[0].is_inference()
+        assert run_in_lockstep([lambda: torch.ones(1)], []).results[0].is_inference()
     assert seen == [(torch.bfloat16, False, True)] * 2
 
 

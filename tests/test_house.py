@@ -29,7 +29,7 @@ LEVELS = (
     ("strands", "offload", "norm_calls", "norm_conversion", "coupling", "joint_norm"),
     ("meeting", "pooled_norm"),
     ("lockstep",),
-    ("batch", "devices", "budget", "prediction", "gathering", "replay"),
+    ("batch", "devices", "budget", "prediction", "gathering", "replay", "aligned_random"),
     ("grouping", "weighting", "recording", "size_plans"),
     ("criteria", "tally", "report", "rehearsal", "update_memory"),
     ("recovery", "measuring", "seeds", "moment_average"),
@@ -250,7 +250,7 @@ def public_names() -> dict[str, str]:
     """Public name to the module of this package that it comes from, read off `__init__`."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
-    return {a.asname or a.name: entry_of(node.module or "") for node in imports for a in node.names}
+    return {a.asname or a.name: entry_of(f"{node.module}.{a.name}") for node in imports for a in node.names}
 
 
 def test_the_package_reexports_its_public_names_and_nothing_else() -> None:

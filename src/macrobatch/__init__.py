@@ -1,5 +1,6 @@
 """Any effective batch size on any memory budget, with the gradient of the full batch."""
 
+from macrobatch import batchnorm
 from macrobatch.accumulator import Accumulator
 from macrobatch.adascale import AdaScale
 from macrobatch.batch import Window, collate_windows
@@ -47,6 +48,7 @@ __all__ = [
     "Window",
     "accumulate",
     "apply_update",
+    "batchnorm",
     "collate_windows",
     "gain",
     "memory_limit",

@@ -137,10 +137,12 @@ class Arrive(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, None, None]:
         """dL/dx_k = w r (dL/dy_k - s / n - (x_k - mu) r t / n), constants first: one number per channel each."""
-        x, weight = ctx.saved_tensors
         part, statistics = ctx.part, ctx.part.statistics
+        if part.all_sums is None:
+            return None, None, None
+        x, weight = ctx.saved_tensors
         s, t = part.all_sums
         r, n = statistics.inverse_std, statistics.count
         scale = r if weight is None else r * weight.to(r.dtype)
@@ -172,11 +174,11 @@ class Join(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Every `Normalise` that the loss depends on has been here before."""
         ctx.check()
-        zeros = torch.zeros_like(ctx.parts[0].statistics.high)
-        given = [part.sums for part in ctx.parts if part.sums is not None]
-        s, t = (torch.stack(sums).sum(0) for sums in zip((zeros, zeros), *given, strict=True))
-        if ctx.ranks.size > 1:
-            s, t = ctx.ranks.sum(torch.stack([s, t])).unbind()
+        like = ctx.parts[0].statistics.high
+        given = [torch.stack([*part.sums, torch.ones_like(like)]) for part in ctx.parts if part.sums is not None]
+        s, t, times = ctx.ranks.sum(torch.stack(given or [like.new_zeros(3, len(like))]).sum(0)).unbind()
+        if not given and not (ctx.ranks.size > 1 and bool(times[0])):
+            return (None,) * 3 + (None,) * len(gradients)  # only the chain led here: no loss depends on this
         for part in ctx.parts:
             part.all_sums, part.sums = (s, t), None
         return None, None, None, *gradients

@@ -8,8 +8,9 @@ the host: on the device stand one micro-batch's work and what the waiting forwar
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,18 @@ from macrobatch.strands import Meet, Strand, strands
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Together(Generic[T]):
+    """What forwards in lockstep returned, in order.
+
+    `chain`: shape (), hangs together with every meeting. Where some rank has no loss, it is a further root of backward
+    on every rank, with a gradient of 0, so that all ranks take part in all sums.
+    """
+
+    results: list[T]
+    chain: Tensor | None
+
+
 def run_in_lockstep(
     forwards: Sequence[Callable[[], T]],
     modules: Sequence[nn.Module],
@@ -41,7 +54,7 @@ def run_in_lockstep(
     ranks: Ranks | None = None,
     offload: Offload | None = None,
     look_closely: bool = True,
-) -> list[T]:
+) -> Together[T]:
     """What the forwards return, as if each batch normalisation in them had seen all of their samples at once.
 
     The forwards run in turns, each in a thread of its own with torch's settings of this one; afterwards no thread is
@@ -63,7 +76,7 @@ def run_in_lockstep(
                 party.advance(answer)
             if all(party.has_ended for party in parties):
                 place.is_over = True
-                return [party.result for party in parties]  # type: ignore[misc]
+                return Together([party.result for party in parties], place.chain)  # type: ignore[misc]
             answers = place.hold([_request(party) for party in parties])
 
 

@@ -57,7 +57,8 @@ class Instances:
 class MeetingPlace:
     """Holds the meetings of one window, in order. `is_over`: every forward has ended, backward may run.
 
-    `next_ranks`: set around a call of a layer that sums its statistics over ranks of its own.
+    `chain`: shape (), the last link of what strings the meetings up; None before the first. `next_ranks`: set around a
+    call of a layer that sums its statistics over ranks of its own.
     """
 
     def __init__(self, modules: Sequence[nn.Module], ranks: Ranks) -> None:
@@ -66,7 +67,7 @@ class MeetingPlace:
         self._ranks = ranks
         self._layers = {id(m.running_mean): m for m in submodules(modules) if isinstance(m, _NormBase)}
         self._layers.pop(id(None), None)
-        self._chain: Tensor | None = None
+        self.chain: Tensor | None = None
 
     def arrival(self, call: BatchNormCall, part: Part, token: Tensor) -> Arrival:
         """What a forward brings to the meeting."""
@@ -101,10 +102,10 @@ class MeetingPlace:
             counter = self._counter(call)
             if counter is not None and first.tracked is not None:
                 counter.copy_(first.tracked)  # each forward has counted, and a batch is counted once
-        if self._chain is None:
-            self._chain = first.token.detach().clone()
+        if self.chain is None:
+            self.chain = first.token.detach().clone()
         check, tokens = self._refuse_early_backward, [arrival.token for arrival in present]
-        self._chain, *tokens = Join.apply(parts, ranks, check, self._chain, *tokens)  # type: ignore[no-untyped-call]
+        self.chain, *tokens = Join.apply(parts, ranks, check, self.chain, *tokens)  # type: ignore[no-untyped-call]
         return list(tokens)
 
     def _track_instances(self, present: Sequence[Instances]) -> None:

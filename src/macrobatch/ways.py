@@ -18,7 +18,7 @@ from macrobatch.coupling import coupled_layers, coupling_message
 from macrobatch.devices import on_device
 from macrobatch.distributed import GradientReduction, GroupChoice
 from macrobatch.gradients import WindowGradients
-from macrobatch.lockstep import run_in_lockstep
+from macrobatch.lockstep import Together, run_in_lockstep
 from macrobatch.measuring import Measure
 from macrobatch.memory import memory_limit
 from macrobatch.offload import Offload
@@ -142,7 +142,8 @@ class InLockstep:
         if running.limit.current is not None:
             window = window.cut(running.limit.current, cut=running.cut)
         micro_batches = [(micro_batch, n) for micro_batch, n, _ in on_device(window.sized(), pass_.device)]
-        running.reduction.announce(is_last=False, is_retry=running.recovery.retries > 0)
+        # All forwards begin before one ends, so DDP would broadcast buffers in each: as in a retry, in none.
+        running.reduction.announce(is_last=False, is_retry=True)
         message = self._try(running, micro_batches)
         if message is not None:
             largest = max(n for _, n in micro_batches)
@@ -166,7 +167,7 @@ class InLockstep:
             return str(error).splitlines()[0]
         return None
 
-    def _forwards(self, pass_: WindowPass, forwards: Sequence[Callable[[], Terms]]) -> list[Terms]:
+    def _forwards(self, pass_: WindowPass, forwards: Sequence[Callable[[], Terms]]) -> Together[Terms]:
         return run_in_lockstep(
             forwards,
             pass_.recipe.everything,

@@ -15,6 +15,7 @@ from macrobatch.devices import device_of
 from macrobatch.distributed import GradientReduction, GroupChoice, Ranks, is_distributed
 from macrobatch.gradients import WindowGradients, ddp_modules
 from macrobatch.leaves import StrayLeaves, has_nested_backward
+from macrobatch.lockstep import Together
 from macrobatch.measuring import Measure, Measurement
 from macrobatch.moments import GradientMoments
 from macrobatch.recovery import Attempt
@@ -27,7 +28,7 @@ from macrobatch.unscaling import Unscaler
 from macrobatch.weighting import LOSS, Count, Terms, checked_count, refuse_bare_token_mean, terms_of
 
 LossFn = Callable[[Any, Nested], Any]
-RunTogether = Callable[[Sequence[Callable[[], Terms]]], list[Terms]]
+RunTogether = Callable[[Sequence[Callable[[], Terms]]], Together[Terms]]
 Autocast = torch.dtype | AbstractContextManager[Any] | None
 
 
@@ -119,20 +120,24 @@ class WindowPass:
             attempt.has_communicated = attempt.started_backward and reduction.is_communicating
             raise
 
-    def forward_together(self, micro_batches: Sequence[tuple[Nested, int]], run: RunTogether) -> list[Terms]:
+    def forward_together(self, micro_batches: Sequence[tuple[Nested, int]], run: RunTogether) -> Together[Terms]:
         """The losses of all micro-batches, tallied; `run` makes their forwards, as it sees fit."""
-        all_terms = run([partial(self._terms, micro_batch, n) for micro_batch, n in micro_batches])
-        for terms, (_, n) in zip(all_terms, micro_batches, strict=True):
+        together = run([partial(self._terms, micro_batch, n) for micro_batch, n in micro_batches])
+        for terms, (_, n) in zip(together.results, micro_batches, strict=True):
             self._tally.add(terms, n)
-        return all_terms
+        return together
 
     def forward_backward_together(self, micro_batches: Sequence[tuple[Nested, int]], run: RunTogether) -> None:
         """As `forward_backward` of each, but `run` makes all the forwards, and their graphs have one backward."""
-        all_terms = [terms for terms in self.forward_together(micro_batches, run) if not terms.is_empty]
-        if all_terms:
-            self._backward(all_terms, Attempt(None, 0, is_last=True))
+        together = self.forward_together(micro_batches, run)
+        all_terms = [terms for terms in together.results if not terms.is_empty]
+        someone_waits = self.ranks.size > 1 and self.ranks.any(not all_terms)  # for ranks without a loss
+        chain = together.chain if someone_waits else None
+        chains = [chain] if chain is not None and chain.requires_grad else []
+        if all_terms or chains:
+            self._backward(all_terms, Attempt(None, 0, is_last=True), chains)
 
-    def _backward(self, all_terms: Sequence[Terms], attempt: Attempt) -> None:
+    def _backward(self, all_terms: Sequence[Terms], attempt: Attempt, chains: Sequence[Tensor] = ()) -> None:
         named = [(name, terms) for terms in all_terms for name in terms.sums]
         losses = [terms.sums[name] for name, terms in named]
         for (name, _), loss_sum in zip(named, losses, strict=True):
@@ -141,14 +146,15 @@ class WindowPass:
                     f"the {name} does not depend on any trainable parameter (it requires no gradient): was it "
                     "detached, or computed under torch.no_grad()? For a micro-batch without terms return (0, 0)"
                 )
-        self._seeds.agree(all_terms[0].weight)
+        self._seeds.agree(all_terms[0].weight if all_terms else None)
         if not self.learned.knows_leaves and self._strays is None:
             self._strays = StrayLeaves(losses, self.parameters, self.recipe.loss_fn)
         if attempt.inputs == []:
             return  # every parameter has its gradient from before the micro-batch ran out of memory
         seeds = [self._seeds.of(name, terms) for name, terms in named]
         attempt.started_backward = True
-        torch.autograd.backward(losses, seeds, inputs=attempt.inputs)
+        seeds += [torch.zeros_like(chain) for chain in chains]
+        torch.autograd.backward([*losses, *chains], seeds, inputs=attempt.inputs)
 
     def refuse_strays(self) -> None:
         """ValueError if the first loss graph, gone by now, had leaves outside of the model that live on."""
