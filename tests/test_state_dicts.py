@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import clear
+from moments_by_hand import moments_of_gradients
 from test_accumulator import mean_square, points, regressor
 
 import macrobatch as mb
@@ -45,10 +46,27 @@ def searched(limit: AutoSize) -> None:
     limit.window_ended(limit.current, 0)
 
 
+def observed(noise: mb.GradientNoiseScale) -> None:
+    seed = noise._average.num_windows
+    gradients = 1 + torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
+    noise.observe(moments_of_gradients(gradients, [1, 2, 3]))
+
+
+def advanced(schedule: mb.BatchSchedule) -> None:
+    schedule.advance(schedule.batch_size)
+    schedule.observe(1.0 + schedule.samples)
+
+
 MAKERS: dict[str, tuple[Callable[[], Any], Callable[[Any], None], Callable[[Any], object]]] = {
     "Accumulator": (accumulator, lowered_and_run, lambda made: (made.micro_batch_size, made._learned.exponent)),
     "SizeLimit": (lambda: SizeLimit(20), ended, lambda made: (made.current, made.patience)),
     "AutoSize": (auto, searched, lambda made: (made.current, made.is_found)),
+    "GradientNoiseScale": (mb.GradientNoiseScale, observed, lambda made: repr(made.estimate())),
+    "BatchSchedule": (
+        lambda: mb.BatchSchedule.doubling(3, largest=96),
+        advanced,
+        lambda made: (made.samples, made.batch_size),
+    ),
 }
 
 
