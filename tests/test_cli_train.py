@@ -135,9 +135,9 @@ def test_a_run_lasts_as_long_as_asked_with_a_short_batch_at_the_end_of_an_epoch(
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        ("constant", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
-        ("linear", [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]),
-        ("cosine", [0.25, 0.5, 0.75, 1, 1, *((1 + math.cos(math.pi * part / 4)) / 2 for part in (1, 2, 3))]),
+        ("constant", [0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1]),
+        ("linear", [0.2, 0.4, 0.6, 0.8, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.2, 0.4, 0.6, 0.8, 1, *((1 + math.cos(math.pi * part / 4)) / 2 for part in (1, 2, 3))]),
     ],
 )
 def test_the_learning_rate_warms_up_and_then_follows_its_schedule(
@@ -333,7 +333,7 @@ def test_a_budget_can_be_a_share_of_what_the_device_has(tmp_path: Path) -> None:
         (["--max-memory", "200%"], "error: max_memory='200%': a share of what the device has is above 0%"),
         (["--schedule", "zigzag"], "'--schedule': 'zigzag' is not one of 'constant', 'linear', 'cosine'"),
         (["--precision", "fp8"], "'fp8' is not one of 'fp32', 'bf16', 'fp16'"),
-        (["--scaling", "cubic"], "'cubic' is not one of 'none', 'linear', 'sqrt'"),
+        (["--scaling", "cubic"], "'cubic' is not one of 'auto', 'linear', 'sqrt', 'adam-sde', 'half-life'"),
         (["--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
         (["--lr", "-1"], "a number above 0 is needed; got '-1'"),
         (["--lr", "nan"], "a number above 0 is needed; got 'nan'"),

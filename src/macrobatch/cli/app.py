@@ -15,6 +15,7 @@ from macrobatch.cli import setup
 from macrobatch.cli.errors import short_errors
 from macrobatch.cli.runfiles import new_folder
 from macrobatch.memory import parse_bytes
+from macrobatch.scaling_rules import RuleName
 from macrobatch.tasks import load_task, parse_task_option, task_names
 
 app = typer.Typer(
@@ -111,31 +112,45 @@ Output = Annotated[
 ]
 
 
+# Those of commands that train.
+BatchSchedule = Annotated[
+    str | None,
+    typer.Option(metavar="SIZES", help="Over the run: steps:32,128@5k or ramp:32:512:20k or doubling:32:512."),
+]
+MicroBatchSize = Annotated[
+    Any,
+    typer.Option(
+        parser=_micro_batch_size, metavar="N|auto", help="Samples in memory at once.  [auto: the fastest that fits]"
+    ),
+]
+BaseBatchSize = Annotated[int | None, _count(1, "The batch size that the learning rate was tuned for.")]
+ScalingRule = Annotated[RuleName, _choice(RuleName, "How hyperparameters follow the batch; auto fits the optimizer.")]
+LearningRateSchedule = Annotated[setup.Schedule, _choice(setup.Schedule, "Learning rate over the run.")]
+Warmup = Annotated[int, _count(0, "Updates in which the learning rate rises to its value.")]
+Steps = Annotated[int | None, _count(1, "Train for this many updates.")]
+Epochs = Annotated[int | None, _count(1, "Passes over the data.  [1]")]
+MaxNorm = Annotated[
+    float | None, typer.Option(parser=_above_zero, metavar="NORM", help="Clip the gradient of the update to this.")
+]
+
+
 @app.command()
 def train(
     task: TaskName = "code-lm",
     task_option: TaskOptions = None,
     batch_size: BatchSize = None,
-    micro_batch_size: Annotated[
-        Any,
-        typer.Option(
-            parser=_micro_batch_size, metavar="N|auto", help="Samples in memory at once.  [auto: the fastest that fits]"
-        ),
-    ] = None,
+    batch_schedule: BatchSchedule = None,
+    micro_batch_size: MicroBatchSize = None,
     max_memory: MaxMemory = None,
     lr: LearningRate = None,
-    base_batch_size: Annotated[int | None, _count(1, "The batch size that the learning rate was tuned for.")] = None,
-    scaling: Annotated[
-        setup.Scaling, _choice(setup.Scaling, "Learning rate by batch size ratio: linear for SGD, sqrt for Adam.")
-    ] = "none",
-    schedule: Annotated[setup.Schedule, _choice(setup.Schedule, "Learning rate over the run.")] = "constant",
-    warmup: Annotated[int, _count(0, "Updates in which the learning rate rises to its value.")] = 0,
-    steps: Annotated[int | None, _count(1, "Train for this many updates.")] = None,
-    epochs: Annotated[int | None, _count(1, "Passes over the data.  [1]")] = None,
+    base_batch_size: BaseBatchSize = None,
+    scaling: ScalingRule = "none",
+    schedule: LearningRateSchedule = "constant",
+    warmup: Warmup = 0,
+    steps: Steps = None,
+    epochs: Epochs = None,
     samples: Samples = None,
-    max_norm: Annotated[
-        float | None, typer.Option(parser=_above_zero, metavar="NORM", help="Clip the gradient of the update to this.")
-    ] = None,
+    max_norm: MaxNorm = None,
     precision: PrecisionName = "fp32",
     device: DeviceName = "auto",
     threads: Threads = None,
@@ -143,11 +158,13 @@ def train(
     output: Output = None,
 ) -> None:
     """Train a task with an effective batch of any size, in micro-batches that fit into memory."""
-    from macrobatch.cli.run import Run, TrainOptions
+    from macrobatch.cli.run import Run
+    from macrobatch.cli.run_options import TrainOptions
     from macrobatch.cli.train import train as train_run
 
     options = TrainOptions(
         batch_size=batch_size,
+        batch_schedule=batch_schedule,
         micro_batch_size=micro_batch_size,
         max_memory=max_memory,
         learning_rate=lr,

@@ -2,75 +2,62 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from macrobatch import Accumulator, Window, apply_update, collate_windows
-from macrobatch.auto_size import refuse_coupled
+from macrobatch import Accumulator, Report, Scaling, apply_update, collate_windows
 from macrobatch.budget import budget_bytes
-from macrobatch.cli import setup
-from macrobatch.cli.forecast import coupling_layer, sample_batch
+from macrobatch.cli import run_options, setup
+from macrobatch.cli.forecast import Forecast, sample_batch
 from macrobatch.cli.formats import bytes_text
 from macrobatch.cli.memory_use import MemoryUse
-from macrobatch.cli.sampling import UpdateIndices, update_sizes
+from macrobatch.cli.noise_watch import NoiseWatch
+from macrobatch.cli.rescaling import refuse_unreachable, rescale
+from macrobatch.cli.run_options import TrainOptions
+from macrobatch.cli.sampling import UpdateIndices
+from macrobatch.fitting import Memory
 from macrobatch.planning import Plan, plan
 from macrobatch.tasks import Task
 from macrobatch.tasks.task import num_samples
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """What the command line said; None where the task's own value is meant, or no limit.
-
-    `micro_batch_size`: None is "auto" where that changes nothing but memory and time, else the task's own. Of
-    `updates`, `epochs` and `samples` at most one is given; none means one epoch.
-    """
-
-    batch_size: int | None = None
-    micro_batch_size: int | Literal["auto"] | None = None
-    max_memory: int | str | None = None
-    learning_rate: float | None = None
-    base_batch_size: int | None = None
-    scaling: setup.Scaling = "none"
-    schedule: setup.Schedule = "constant"
-    warmup: int = 0
-    updates: int | None = None
-    epochs: int | None = None
-    samples: int | None = None
-    max_norm: float | None = None
-    precision: setup.Precision = "fp32"
-    device: setup.Device = "auto"
-    seed: int = 0
-
-
 class Run:
-    """A task in training: `advance(window)` makes one update and returns its row for the log."""
+    """A task in training: `advance(window)` makes one update and returns its row for the log.
+
+    `sizes`: the effective batch of every update, as known now. `rows`: what `advance` returned so far.
+    """
 
     def __init__(self, task: Task, options: TrainOptions) -> None:
         self.task, self.options = task, options
         self.device = setup.device_named(options.device)
         self.data_size = num_samples(task.train, "train")
-        self.batch_size = _batch_size(task, options, self.data_size)
-        self.base_batch_size = _base_batch_size(task, options, self.batch_size)
-        self.base_learning_rate = options.learning_rate or task.learning_rate
-        self.learning_rate = setup.scaled_learning_rate(
-            self.base_learning_rate, self.base_batch_size, self.batch_size, options.scaling
-        )
-        self.sizes = _sizes(self.data_size, self.batch_size, options)
+        self.batch_plan = run_options.batch_plan(task, options, self.data_size)
+        self.batch_size = max(self.batch_plan.sizes)
         self.model = task.model.to(self.device)
-        self.optimizer: Optimizer = task.make_optimizer(self.model, self.learning_rate)
+        self.schedule = self.batch_plan.schedule(run_options.tokens_per_sample(task))
+        self.sizes = run_options.update_sizes(self.schedule, options, self.data_size)
+        self.base_batch_size = run_options.base_batch_size(task, options, self.schedule.batch_size)
+        self.base_learning_rate = options.learning_rate or task.learning_rate
+        self.optimizer, self.scaling = self._scaled_optimizer()
+        self.learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        lr_factor = 1.0 if self.scaling is None else self.scaling.lr_factor
         self.scheduler: LRScheduler = setup.make_scheduler(
-            self.optimizer, options.schedule, options.warmup, len(self.sizes)
+            self.optimizer, options.schedule, options.warmup, len(self.sizes), lr_factor=lr_factor
         )
         self.autocast = setup.autocast_dtype(options.precision)
         self.max_memory = None if options.max_memory is None else budget_bytes(options.max_memory, self.device)
-        self.given_size, self.why_given = _given_size(task, options, self.batch_size)
+        self.given_size, self.why_given = run_options.given_size(task, options, self.batch_plan)
         self.plan = None if self.given_size is not None else self._plan()
+        needs_noise = options.noise == "measure" or self.batch_plan.measures
+        # It takes one more copy of the gradients: not where memory is short, unless that is what the run is about.
+        self.measures = needs_noise or (self.max_memory is None and options.noise == "watch")
+        self.noise = NoiseWatch(options.noise_half_life)
         self.accumulator = Accumulator(
             self.model,
             task.loss_fn,
@@ -79,11 +66,21 @@ class Run:
             batch_norm="micro_batch",  # the task says what its micro-batches normalise over
             autocast=self.autocast,
             scaler=setup.scaler_for(options.precision, self.device),
+            measure="norms" if self.measures else None,
         )
         with MemoryUse(self.device, self.max_memory):
             pass  # a budget that cannot be kept is refused here, before there is anything to lose
         self.updates = self.applied = self.samples = self.retries = 0
+        self.rows: list[dict[str, Any]] = []
         self.has_gradient = False  # of the update at hand: from then on it is the optimizer that needs memory
+
+    def _scaled_optimizer(self) -> tuple[Optimizer, Scaling | None]:
+        """The task's optimizer for the first size. ValueError where the rule cannot reach a later one."""
+        rule, first = self.options.scaling, self.schedule.batch_size
+        trial = self.task.make_optimizer(self.model, self.base_learning_rate)
+        refuse_unreachable(trial, rule, self.base_batch_size, self.batch_plan.sizes)
+        optimizer = self.task.make_optimizer(self.model, self.base_learning_rate)
+        return optimizer, rescale(optimizer, rule, from_batch_size=self.base_batch_size, to_batch_size=first)
 
     @property
     def micro_batch_size(self) -> int:
@@ -95,6 +92,7 @@ class Run:
         collate = self.task.collate
         return DataLoader(
             self.task.train,
+            # One after the other: `sizes` may change while the run goes on.
             batch_sampler=UpdateIndices(self.data_size, self.sizes, self.options.seed),
             collate_fn=collate_windows(collate, micro_batch_size=self.given_size) if self.given_size else collate,
             pin_memory=self.device.type == "cuda",
@@ -112,34 +110,88 @@ class Run:
             autocast=self.autocast,
         )
 
+    def predicted(self, number: int, micro_batch_size: int) -> Memory | None:
+        """What update `number`, from 1, takes in micro-batches of that size; None if it cannot be known."""
+        forecast = Forecast(self.task, self.model, self.optimizer, self.device, self.autocast)
+        found = forecast.memory(self.sizes[number - 1], micro_batch_size)
+        if found is None or not self.measures:
+            return found
+        # A micro-batch's own gradients come into being while its activations go.
+        return replace(found, activations=max(found.activations, found.gradients))
+
     def advance(self, window: Any) -> dict[str, Any]:
         """One update is made, or skipped where the gradient was not finite; its row for the log, times in seconds."""
+        rescaled = self._follow_schedule()
+        if self.options.noise == "per example":
+            self.noise.observe_examples(self.task, window, min(self.task.micro_batch_size, self.micro_batch_size))
         started = time.perf_counter()
-        learning_rate = self.optimizer.param_groups[0]["lr"]
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
         self.has_gradient = False
         report = self.accumulator.run(window)
         self.has_gradient = True
+        ran = self._time_of_gradient()
         update = apply_update(self.optimizer, report, max_norm=self.options.max_norm)
         if update.applied:
             self.scheduler.step()
         loss, grad_norm = float(report.loss), float(update.grad_norm)  # on a GPU the time ends here, with the numbers
-        self.updates += 1
-        self.applied += update.applied
-        self.samples += report.num_samples
-        self.retries += report.retries
-        return {
+        ended = time.perf_counter()
+        self._count(report, update.applied)
+        row = {
             "update": self.updates,
             "samples": self.samples,
             "loss": loss,
             "lr": learning_rate,
             "grad_norm": grad_norm,
             "applied": update.applied,
-            "seconds": time.perf_counter() - started,
+            "seconds": ended - started,
+            "batch_size": report.num_samples,
             "micro_batches": report.accumulation_steps,
             "largest_micro_batch": max(report.micro_batch_sizes),
             "retries": report.retries,
+            **({} if ran is None else {"update_seconds": ended - ran}),
+            **({} if rescaled is None else {"rescaled_by": rescaled.lr_factor}),
+            **self.noise.entries,
             **{name: float(value) for name, value in report.metrics.items()},
         }
+        self.rows.append(row)
+        return row
+
+    def _follow_schedule(self) -> Scaling | None:
+        """The hyperparameters fit the batch that has arrived; what changed, if anything did."""
+        known = self.noise.estimate
+
+        def scale(*, from_batch_size: int, to_batch_size: int) -> Scaling | None:
+            return rescale(
+                self.optimizer,
+                self.options.scaling,
+                scheduler=self.scheduler,
+                from_batch_size=from_batch_size,
+                to_batch_size=to_batch_size,
+                noise_scale=None if known is None or known.noise_scale == 0 else known.noise_scale,
+            )
+
+        return self.schedule.rescale(scale)
+
+    def _time_of_gradient(self) -> float | None:
+        """When the gradient was there, where the run is about that; elsewhere nothing waits for the device."""
+        if self.options.noise == "watch":
+            return None
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _count(self, report: Report, applied: bool) -> None:
+        self.updates += 1
+        self.applied += applied
+        self.samples += report.num_samples
+        self.retries += report.retries
+        self.schedule.advance(report.num_samples)
+        self.noise.observe(report)
+        # The lower end of the interval: doubled once it is known, not guessed, that twice as much still pays.
+        known = self.noise.estimate
+        if self.batch_plan.measures and known is not None and self.schedule.observe(known.low):
+            made = self.sizes[: self.updates]
+            self.sizes[:] = run_options.update_sizes(self.schedule, self.options, self.data_size, made)
 
     def held(self) -> Iterator[Tensor]:
         """The tensors that stay from update to update: parameters, buffers and the optimizer's state."""
@@ -157,55 +209,3 @@ class Run:
         what = "the optimizer's state does not fit" if self.has_gradient else "not even one sample at a time fits"
         more = "" if self.max_memory is None else "more --max-memory or "
         return f"out of memory in update {self.updates + 1}: {what} into {budget}; give {more}a smaller model"
-
-
-def _batch_size(task: Task, options: TrainOptions, data_size: int) -> int:
-    batch_size = options.batch_size or min(task.batch_size, data_size)
-    if batch_size > data_size:
-        raise ValueError(f"--batch-size {batch_size} is more than the {data_size} training samples of {task.name}")
-    return batch_size
-
-
-def _given_size(task: Task, options: TrainOptions, batch_size: int) -> tuple[int | None, str]:
-    """The micro-batch size, None where it is to be found, and why it is not found where nobody gave one."""
-    given = options.micro_batch_size
-    if given == "auto":
-        refuse_coupled([task.model])
-        return None, ""
-    if given is not None:
-        return min(given, batch_size), ""
-    why = _why_not_auto(task)
-    return (min(task.micro_batch_size, batch_size), why) if why else (None, "")
-
-
-def _why_not_auto(task: Task) -> str:
-    layer = coupling_layer(task.model)
-    if layer is not None:
-        return f"{layer} normalises over the micro-batch, so that another size would be another model"
-    try:
-        list(Window.of_parts(sample_batch(task), 1))
-    except ValueError:
-        return "its collated batches cannot be cut"
-    return ""
-
-
-def _base_batch_size(task: Task, options: TrainOptions, batch_size: int) -> int:
-    """The batch size that the learning rate was tuned for: given, or the task's own with its own learning rate."""
-    if options.base_batch_size is not None:
-        return options.base_batch_size
-    if options.learning_rate is None:
-        return task.base_batch_size
-    if options.scaling != "none":
-        raise ValueError(
-            f"--scaling {options.scaling} with a --lr of your own needs --base-batch-size, the batch size that the "
-            "learning rate was tuned for"
-        )
-    return batch_size
-
-
-def _sizes(data_size: int, batch_size: int, options: TrainOptions) -> list[int]:
-    given = {"updates": options.updates, "epochs": options.epochs, "samples": options.samples}
-    limits = {name: value for name, value in given.items() if value is not None}
-    if len(limits) > 1:
-        raise ValueError("give one of --steps, --epochs and --samples, not several")
-    return update_sizes(data_size, batch_size, **(limits or {"epochs": 1}))

@@ -1,16 +1,16 @@
 """From the words of the command line to torch's own objects: device, precision, learning rate, schedule."""
 
-import math
 from typing import Literal
 
 import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler
+
+from macrobatch import warmup as rising_from
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "linear", "cosine"]
-Scaling = Literal["none", "linear", "sqrt"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -31,23 +31,13 @@ def scaler_for(precision: Precision, device: torch.device) -> GradScaler | None:
     return GradScaler(device.type) if precision == "fp16" else None
 
 
-def scaled_learning_rate(learning_rate: float, base_batch_size: int, batch_size: int, scaling: Scaling) -> float:
-    """The learning rate for `batch_size` of one that was tuned at `base_batch_size`.
-
-    With k = batch_size / base_batch_size: `linear` k (Goyal et al. 2017, for SGD), `sqrt` the root of k (Malladi et al.
-    2022, for Adam), `none` leaves it alone.
-
-    >>> [scaled_learning_rate(0.1, 64, 256, scaling) for scaling in ("none", "sqrt", "linear")]
-    [0.1, 0.2, 0.4]
-    """
-    k = batch_size / base_batch_size
-    return learning_rate * {"none": 1.0, "sqrt": math.sqrt(k), "linear": k}[scaling]
-
-
-def make_scheduler(optimizer: Optimizer, schedule: Schedule, warmup: int, updates: int) -> LRScheduler:
+def make_scheduler(
+    optimizer: Optimizer, schedule: Schedule, warmup: int, updates: int, *, lr_factor: float = 1.0
+) -> LRScheduler:
     """Schedulers of torch for a run of `updates`: `warmup` up to the learning rate, then the schedule down to 0.
 
-    The warmup takes equal steps, from 1 / warmup of the learning rate at the first update to all of it at the last.
+    The warmup begins at the rate before scaling, 1 / `lr_factor`, where that is lower, and else at 1 / (warmup + 1);
+    it rises by equal amounts, and update `warmup` (from 0) has all of it.
     """
     if warmup > updates:
         raise ValueError(f"--warmup {warmup} is longer than the run of {updates} updates")
@@ -61,5 +51,5 @@ def make_scheduler(optimizer: Optimizer, schedule: Schedule, warmup: int, update
         after = ConstantLR(optimizer, factor=1.0)
     if warmup == 0:
         return after
-    start = LinearLR(optimizer, start_factor=1 / warmup, total_iters=max(warmup - 1, 1))
-    return SequentialLR(optimizer, [start, after], milestones=[warmup])
+    factor = 1 / lr_factor if lr_factor > 1 else 1 / (warmup + 1)
+    return rising_from(optimizer, after, factor=factor, num_updates=warmup)

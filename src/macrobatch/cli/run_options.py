@@ -1,0 +1,166 @@
+"""What the command line asks of a training run, and what follows from it for a task: checked before any work."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from macrobatch import Accumulator, BatchSchedule, Window
+from macrobatch.auto_size import refuse_coupled
+from macrobatch.cli import setup
+from macrobatch.cli.batch_plan import BatchPlan, parse_batch_plan, planned_sizes
+from macrobatch.cli.forecast import coupling_layer, sample_batch
+from macrobatch.scaling_rules import RuleName
+from macrobatch.tasks import Task
+
+Noise = Literal["watch", "measure", "per example"]
+FEWEST_PIECES = (
+    8  # micro-batches in an update where the noise is what the run is about: the variance of S is 2 / (K - 1)
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What the command line said; None where the task's own value is meant, or no limit.
+
+    `micro_batch_size`: None is "auto" where that changes nothing but memory and time, else the task's own. Of
+    `updates`, `epochs` and `samples` at most one is given; none means one epoch. `noise`: the noise scale is watched
+    where that costs no memory that is short, or measured because the run is about it. `noise_half_life`: after how
+    many updates one counts half for it; None: all alike.
+    """
+
+    batch_size: int | None = None
+    batch_schedule: str | None = None
+    micro_batch_size: int | Literal["auto"] | None = None
+    max_memory: int | str | None = None
+    learning_rate: float | None = None
+    base_batch_size: int | None = None
+    scaling: RuleName = "none"
+    schedule: setup.Schedule = "constant"
+    warmup: int = 0
+    updates: int | None = None
+    epochs: int | None = None
+    samples: int | None = None
+    max_norm: float | None = None
+    precision: setup.Precision = "fp32"
+    device: setup.Device = "auto"
+    seed: int = 0
+    noise: Noise = "watch"
+    noise_half_life: float | None = 100
+
+
+def batch_plan(task: Task, options: TrainOptions, data_size: int) -> BatchPlan:
+    """The effective batch sizes asked for: by schedule, or one for the whole run."""
+    if options.batch_schedule is None:
+        plan = BatchPlan("constant", (options.batch_size or min(task.batch_size, data_size),))
+    else:
+        plan = parse_batch_plan(options.batch_schedule)
+        if options.batch_size not in (None, plan.sizes[-1]):
+            raise ValueError(
+                f"--batch-size {options.batch_size} is not the last size of --batch-schedule {options.batch_schedule}, "
+                f"{plan.sizes[-1]}: leave one of them out, or let them agree"
+            )
+    if max(plan.sizes) > data_size:
+        what = "--batch-size" if options.batch_schedule is None else "a size of --batch-schedule,"
+        raise ValueError(f"{what} {max(plan.sizes)} is more than the {data_size} training samples of {task.name}")
+    return plan
+
+
+def tokens_per_sample(task: Task) -> Callable[[], float]:
+    """A function that counts the loss terms of a sample: as many as the task's first samples have on average."""
+
+    def counted() -> float:
+        batch, was_training = sample_batch(task), task.model.training
+        task.model.eval()
+        try:
+            report = Accumulator(task.model, task.loss_fn, batch_norm="micro_batch").evaluate(Window([batch]))
+        finally:
+            task.model.train(was_training)
+        if isinstance(report.loss_weight, dict):
+            raise ValueError(
+                f"--batch-schedule in tokens: the loss of {task.name} counts {', '.join(report.loss_weight)}"
+            )
+        return float(report.loss_weight) / report.num_samples  # type: ignore[arg-type]  # not a mapping
+
+    return counted
+
+
+def given_size(task: Task, options: TrainOptions, plan: BatchPlan) -> tuple[int | None, str]:
+    """The micro-batch size, None where it is to be found, and why it is not found where nobody gave one."""
+    smallest, largest, given = min(plan.sizes), max(plan.sizes), options.micro_batch_size
+    if options.noise == "measure" or plan.measures:
+        return _size_to_measure(task, options, smallest)
+    if given == "auto":
+        refuse_coupled([task.model])
+        return None, ""
+    if given is not None:
+        return min(given, largest), ""
+    why = "each update is one piece, measured example by example" if options.noise == "per example" else ""
+    why = why or _why_not_auto(task)
+    return (min(task.micro_batch_size, largest), why) if why else (None, "")
+
+
+def _size_to_measure(task: Task, options: TrainOptions, smallest: int) -> tuple[int, str]:
+    """A size that leaves several micro-batches in every update. ValueError for one that does not."""
+    given = options.micro_batch_size
+    reason = "the noise scale is measured between the micro-batches of an update"
+    if smallest == 1:
+        raise ValueError(f"{reason}, and one of 1 sample has only one: give a --batch-size of at least 2")
+    if given == "auto":
+        raise ValueError(
+            f"{reason}: --micro-batch-size auto may find that one is fastest; give a number below {smallest}"
+        )
+    if given is None:
+        coupled = coupling_layer(task.model) is not None  # then the size is part of the model
+        size = task.micro_batch_size if coupled else min(task.micro_batch_size, max(smallest // FEWEST_PIECES, 1))
+        given = size if size < smallest else None
+        if given is None:
+            raise ValueError(f"{reason}: give --micro-batch-size, a number below {smallest}")
+        return given, reason
+    if given >= smallest:
+        instead = "" if options.noise == "watch" else ", or --per-example, which measures the gradient of each sample"
+        raise ValueError(
+            f"{reason}, and with --micro-batch-size {given} an update of {smallest} samples is one: give a size below "
+            f"{smallest}{instead}"
+        )
+    return given, ""
+
+
+def _why_not_auto(task: Task) -> str:
+    layer = coupling_layer(task.model)
+    if layer is not None:
+        return f"{layer} normalises over the micro-batch, so that another size would be another model"
+    try:
+        list(Window.of_parts(sample_batch(task), 1))
+    except ValueError:
+        return "its collated batches cannot be cut"
+    return ""
+
+
+def base_batch_size(task: Task, options: TrainOptions, batch_size: int) -> int:
+    """The batch size that the learning rate was tuned for: given, or the task's own with its own learning rate."""
+    if options.base_batch_size is not None:
+        return options.base_batch_size
+    if options.learning_rate is None:
+        return task.base_batch_size
+    if options.scaling != "none":
+        raise ValueError(
+            f"--scaling {options.scaling} with a --lr of your own needs --base-batch-size, the batch size that the "
+            "learning rate was tuned for"
+        )
+    return batch_size
+
+
+def update_sizes(schedule: BatchSchedule, options: TrainOptions, data_size: int, made: Sequence[int] = ()) -> list[int]:
+    """The effective batch of every update, as known now; ValueError where the schedule does not fit the run."""
+    given = {"updates": options.updates, "epochs": options.epochs, "samples": options.samples}
+    found = {name: value for name, value in given.items() if value is not None}
+    if len(found) > 1:
+        raise ValueError("give one of --steps, --epochs and --samples, not several")
+    limit = found or {"epochs": 1}
+    total = limit.get("samples", limit.get("epochs", 0) * data_size)
+    if options.batch_schedule is not None and total:
+        schedule.check(total)
+    sizes = planned_sizes(schedule, data_size, **limit, before=made)
+    if options.batch_schedule is not None:
+        schedule.check(sum(sizes))
+    return sizes

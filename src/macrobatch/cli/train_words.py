@@ -1,0 +1,116 @@
+"""What `macrobatch train` says before and after training, as lines for the terminal."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from macrobatch.cli.forecast import prediction_line
+from macrobatch.cli.formats import bytes_text, counted, duration_text, number_text
+from macrobatch.cli.run import Run
+
+if TYPE_CHECKING:
+    from macrobatch.cli.train import Ending
+
+
+def headline(run: Run, folder: Path) -> list[str]:
+    """What is going to happen, in lines for the terminal."""
+    options = run.options
+    limit = "" if run.max_memory is None else f"; at most {bytes_text(run.max_memory)}"
+    lines = [
+        f"{run.task.name}: {run.task.description}" if run.task.description else run.task.name,
+        f"{counted(len(run.sizes), 'update')} of {_sizes_text(run)}, {_micro_batches_text(run)}; "
+        f"{options.precision} on {run.device.type}, seed {options.seed}{limit}",
+        _learning_rate_line(run),
+    ]
+    if run.scaling is not None:
+        lines += str(run.scaling).splitlines()
+    lines.append(f"writing to {folder}")
+    if run.why_given:
+        lines.append(f"note: the micro-batch size is {_of_whom(run)}: {run.why_given}")
+    if options.precision == "fp16" and run.device.type == "cpu":
+        lines.append("note: fp16 on a CPU works but is slow; bf16 or fp32 is usually better there")
+    return lines
+
+
+def _of_whom(run: Run) -> str:
+    return "the task's own, not auto" if run.given_size == run.task.micro_batch_size else f"{run.given_size}, not auto"
+
+
+def _sizes_text(run: Run) -> str:
+    plan, first = run.batch_plan, run.sizes[0]
+    if plan.kind == "constant":
+        return counted(run.batch_size, "sample")
+    if plan.measures:
+        return f"{counted(first, 'sample')}, doubled up to {plan.sizes[-1]} where the noise scale allows"
+    return f"{first} to {counted(plan.sizes[-1], 'sample')} by {run.options.batch_schedule}"
+
+
+def _micro_batches_text(run: Run) -> str:
+    if run.plan is not None:
+        fit = "all of them fit" if run.plan.accumulation_steps == 1 else f"up to {run.plan.micro_batch_size} fit"
+        return f"in micro-batches of the fastest size that is found ({fit} at once)"
+    if run.batch_plan.kind != "constant":
+        return f"in micro-batches of at most {run.micro_batch_size}"
+    count = -(-run.batch_size // run.micro_batch_size)
+    if count == 1:
+        return "each in one piece"
+    even = run.batch_size % run.micro_batch_size == 0
+    return f"each in {count} micro-batches of {'' if even else 'at most '}{run.micro_batch_size}"
+
+
+def _learning_rate_line(run: Run) -> str:
+    rate, base, first = f"learning rate {run.learning_rate:.3g}", run.base_batch_size, run.schedule.batch_size
+    if run.scaling is not None:
+        rate += f" ({run.scaling.rule} rule: {run.base_learning_rate:.3g} at batch size {base})"
+    elif base != first and run.options.scaling == "none":
+        rate += f" (tuned at batch size {base} and not scaled to {first}: see --scaling)"
+    if run.options.warmup:
+        start = "" if run.scaling is None or run.scaling.lr_factor <= 1 else f" from {run.base_learning_rate:.3g}"
+        return f"{rate}, {run.options.schedule} after {counted(run.options.warmup, 'update')} of warmup{start}"
+    return f"{rate}, {run.options.schedule}"
+
+
+def closing(run: Run, ending: "Ending", folder: Path) -> list[str]:
+    """What has happened, in lines for the terminal."""
+    updates, samples = counted(len(run.sizes), "update"), counted(run.samples, "sample")
+    made = f"{run.updates} of {updates}, {samples} in {duration_text(ending.seconds)}"
+    skipped = run.updates - run.applied
+    lines = [
+        f"{ending.outcome_of(run)}: {made}"
+        + (f" ({run.samples / ending.seconds:.0f} samples/s)" if run.samples else "")
+        + (f"; {counted(skipped, 'update')} skipped: the gradient was not finite" if skipped else "")
+        + (f"; out of memory {counted(run.retries, 'time')}: run again in smaller pieces" if run.retries else "")
+        + f"; peak memory {bytes_text(ending.memory.peak_bytes)} ({ending.memory.kind})"
+    ]
+    line = prediction_line(ending.predicted, ending.memory.update_peak, ending.measured_row)
+    if line is not None:
+        lines.append(line)
+    lines += _growth(run)
+    if ending.validation is not None:
+        metrics = "".join(f", {name} {number_text(value, 4)}" for name, value in ending.validation.metrics.items())
+        lines.append(
+            f"validation: loss {number_text(ending.validation.loss, 4)}{metrics} "
+            f"over {counted(ending.validation.num_samples, 'sample')}"
+        )
+    lines += _noise_lines(run)
+    lines.append(f"{', '.join(sorted(path.name for path in folder.iterdir()))} in {folder}")
+    return lines
+
+
+def _growth(run: Run) -> list[str]:
+    """How the batch and the learning rate have moved, where a schedule moved them."""
+    if run.batch_plan.kind == "constant" or not run.rows:
+        return []
+    first, last = run.rows[0], run.rows[-1]
+    size = max(row["batch_size"] for row in run.rows)
+    return [
+        f"effective batch {first['batch_size']} to {size}, learning rate {first['lr']:.3g} to {last['lr']:.3g}"
+        + ("" if run.options.scaling != "none" else " (not scaled with it: see --scaling)")
+    ]
+
+
+def _noise_lines(run: Run) -> list[str]:
+    """What the updates told of the noise scale, as far as an interval can be given."""
+    known = run.noise.estimate
+    if run.options.noise != "watch" or known is None or known.low == 0:
+        return []
+    return [f"{known.words} macrobatch noise says which batch trains fastest here."]
