@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from helpers import difference, gradients, reference
+from helpers import clear, difference, gradients, reference
 from norm_models import CASES, Convolutional, Pair, Residual, Twice, batch_of, cut, flat, loss_sum
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+import macrobatch as mb
 from macrobatch import peak_memory
 from macrobatch.gradients import submodules
 from macrobatch.lockstep import run_in_lockstep
@@ -399,3 +401,215 @@ def test_an_exception_for_the_waiting_thread_ends_all_of_them() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_in_lockstep([forward, interrupted, forward], [norm])
     assert no_strand_is_alive()
+
+
+# ---- Accumulator(batch_norm="exact")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_accumulator_gives_gradient_loss_and_buffers_of_the_full_batch(name: str) -> None:
+    if name.startswith("transformers"):
+        pytest.importorskip("transformers")
+    model, batch = CASES[name].model().double(), batch_of(10, CASES[name].sample)
+    accumulator = mb.Accumulator(model, loss_sum, micro_batch_size=3, batch_norm="exact")
+    for _ in range(2):
+        twin, expected, expected_loss = full_batch(model, batch)
+        report = accumulator.run(batch)
+        assert difference(gradients(model), expected) <= 1e-12
+        assert buffer_difference(model, twin) <= 1e-12
+        assert abs(float(report.loss) - expected_loss) <= 1e-12
+        assert (report.micro_batch_sizes, report.retries) == ((3, 3, 2, 2), 0)
+        model.zero_grad()
+
+
+def test_windows_that_end_with_a_single_sample_are_exact() -> None:
+    model, batch = flat().double(), batch_of(10, (7,))
+    twin, expected, _ = full_batch(model, batch)
+    report = mb.Accumulator(model, loss_sum, batch_norm="exact").run(mb.Window(cut(batch, SIZES)))
+    assert report.micro_batch_sizes == (4, 3, 2, 1)
+    assert difference(gradients(model), expected) <= 1e-12
+    assert buffer_difference(model, twin) <= 1e-12
+
+
+def test_two_denominators_and_gradients_from_before_are_as_without() -> None:
+    def two(model: nn.Module, batch: Pair) -> dict[str, Tensor]:
+        x, labels = batch
+        outputs = model(x)
+        return {"samples": loss_sum_of(outputs, labels), "first": outputs[labels == 0].square().sum()}
+
+    def count(batch: Pair) -> dict[str, float]:
+        return {"samples": len(batch[1]), "first": float((batch[1] == 0).sum())}
+
+    def loss_sum_of(outputs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, labels, reduction="sum")
+
+    model, batch = flat().double(), batch_of(10, (7,))
+    batch[1][:4] = 0
+    twin = copy.deepcopy(model)
+
+    def full() -> Tensor:
+        return sum(value / count(batch)[name] for name, value in two(twin, batch).items())
+
+    expected = reference(twin, full)
+    accumulator = mb.Accumulator(model, two, micro_batch_size=3, count=count, batch_norm="exact")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    accumulator.run(batch, add=True)
+    assert difference(gradients(model), [g + 1 for g in expected if g is not None]) <= 1e-12
+    assert buffer_difference(model, twin) <= 1e-12
+
+
+def test_evaluation_in_train_mode_sees_the_whole_window() -> None:
+    model, batch = Residual().double(), batch_of(10, (3, 6, 6))
+    twin, _, expected_loss = full_batch(model, batch)
+    report = mb.Accumulator(model, loss_sum, micro_batch_size=3, batch_norm="exact").evaluate(batch)
+    assert abs(float(report.loss) - expected_loss) <= 1e-12
+    assert buffer_difference(model, twin) <= 1e-12
+
+
+def test_a_grad_scaler_and_autocast_go_with_it() -> None:
+    model, batch = Convolutional(2), batch_of(10, (3, 6, 6), torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+
+    def under_autocast(model: nn.Module, batch: Pair) -> tuple[Tensor, int]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss_sum(model, batch)
+
+    twin, expected, _ = full_batch(model, batch, under_autocast)
+    options = {"micro_batch_size": 3, "batch_norm": "exact", "scaler": scaler, "autocast": torch.bfloat16}
+    mb.Accumulator(model, loss_sum, **options).run(batch)
+    assert difference(gradients(model), expected) <= 0.02
+    assert buffer_difference(model, twin) <= 0.02
+
+
+def test_training_is_that_of_the_full_batch_update_by_update() -> None:
+    model = Convolutional(2).double()
+    twin = copy.deepcopy(model)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, twin)]
+    accumulator = mb.Accumulator(model, loss_sum, micro_batch_size=3, batch_norm="exact")
+    for step in range(4):
+        batch = batch_of(8 + step, (3, 6, 6))
+        mb.apply_update(optimizers[0], accumulator.run(batch))
+        total, count = loss_sum(twin, batch)
+        (total / count).backward()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+    drift = [float((a - b).detach().abs().max()) for a, b in zip(model.parameters(), twin.parameters(), strict=True)]
+    assert max(drift) <= 1e-12
+    assert buffer_difference(model, twin) <= 1e-12
+
+
+# ---- the cheapest that fits the budget
+
+
+def budgeted(max_memory: int | None, n: int = 32) -> tuple[mb.Accumulator, nn.Module, Pair]:
+    model, batch = Residual(8, 4).double(), batch_of(n, (3, 10, 10))
+    options = {} if max_memory is None else {"max_memory": max_memory}
+    return mb.Accumulator(model, loss_sum, micro_batch_size="auto", batch_norm="exact", **options), model, batch
+
+
+def test_without_a_budget_the_whole_window_is_one_micro_batch_with_its_graph_on_the_host() -> None:
+    accumulator, model, batch = budgeted(None)
+    twin, expected, _ = full_batch(model, batch)
+    native = peak_memory(lambda: full_batch(model, batch))
+    report = None
+
+    def run() -> None:
+        nonlocal report
+        report = accumulator.run(batch)
+
+    assert peak_memory(run) < 0.6 * native
+    assert report is not None
+    assert report.micro_batch_sizes == (32,)
+    assert difference(gradients(model), expected) <= 1e-12
+    assert buffer_difference(model, twin) <= 1e-12
+
+
+def test_with_a_budget_the_window_is_cut_until_it_fits_and_stays_exact() -> None:
+    accumulator, model, batch = budgeted(None)
+    whole = peak_memory(lambda: accumulator.run(batch))
+    clear(model)
+    accumulator, model, batch = budgeted(int(0.75 * whole))
+    twin, expected, _ = full_batch(model, batch)
+    report = accumulator.run(batch)
+    assert report.retries >= 1
+    assert max(report.micro_batch_sizes) < 32
+    assert difference(gradients(model), expected) <= 1e-12
+    assert buffer_difference(model, twin) <= 1e-12
+    clear(model)
+    assert accumulator.run(batch).retries == 0  # what fits is known now
+    accumulator, model, _ = budgeted(int(0.2 * whole))
+    with pytest.raises(torch.OutOfMemoryError, match="a window in lockstep does not fit, one sample at a time"):
+        accumulator.run(batch)
+    assert all(p.grad is None for p in model.parameters())
+    assert no_strand_is_alive()
+
+
+class FailAt(TorchDispatchMode):
+    """The operation at this position fails, as an allocation would."""
+
+    def __init__(self, point: int) -> None:
+        super().__init__()
+        self.point, self.count = point, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        if self.count == self.point:
+            raise torch.OutOfMemoryError("injected")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_failure_at_any_operation_is_recovered_exactly() -> None:
+    model, batch = Twice().double(), batch_of(8, (7,))
+    start = copy.deepcopy(model.state_dict())
+    twin, expected, _ = full_batch(model, batch)
+
+    def run(point: int) -> tuple[int, mb.Report]:
+        model.load_state_dict(start)
+        model.zero_grad()
+        accumulator = mb.Accumulator(model, loss_sum, micro_batch_size=4, batch_norm="exact")
+        with FailAt(point) as mode:
+            report = accumulator.run(batch)
+        return mode.count, report
+
+    num_operations, _ = run(0)
+    recovered = 0
+    for point in range(1, num_operations, 31):
+        try:
+            _, report = run(point)
+        except torch.OutOfMemoryError:
+            assert all(p.grad is None for p in model.parameters())  # before or after the window's own work
+            continue
+        recovered += report.retries
+        assert difference(gradients(model), expected) <= 1e-12, point
+        assert buffer_difference(model, twin) <= 1e-12, point
+        assert no_strand_is_alive()
+    assert recovered > 4
+
+
+def test_what_cannot_be_measured_or_is_no_choice_is_refused() -> None:
+    with pytest.raises(ValueError, match="no micro-batch has a gradient of its own, so measure='norms'"):
+        mb.Accumulator(flat(), loss_sum, batch_norm="exact", measure="norms")
+    with pytest.raises(ValueError, match="batch_norm must be 'exact', 'pooled', 'micro_batch' or None, got 'full'"):
+        mb.Accumulator(flat(), loss_sum, batch_norm="full")
+    with pytest.raises(ValueError, match="goes with micro_batch_size='auto'"):
+        mb.Accumulator(flat(), loss_sum, batch_norm="exact", micro_batch_size=4, max_memory="1GB")
+
+
+def test_an_error_in_the_loss_leaves_gradients_and_threads_as_before() -> None:
+    model, batch = flat().double(), batch_of(10, (7,))
+    calls = []
+
+    def fails(model: nn.Module, batch: Pair) -> tuple[Tensor, int]:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyError("on purpose")
+        return loss_sum(model, batch)
+
+    with pytest.raises(KeyError, match="on purpose"):
+        mb.Accumulator(model, fails, micro_batch_size=3, batch_norm="exact").run(batch)
+    assert all(p.grad is None for p in model.parameters())
+    assert no_strand_is_alive()
+    _, expected, _ = full_batch(model, batch)
+    mb.Accumulator(model, loss_sum, micro_batch_size=3, batch_norm="exact").run(batch)
+    assert difference(gradients(model), expected) <= 1e-12

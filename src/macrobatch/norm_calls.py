@@ -133,11 +133,6 @@ def refuse_recomputed() -> None:
         frame = frame.f_back
 
 
-def is_in_backward() -> bool:
-    """Whether autograd is running a backward in this thread."""
-    return torch._C._current_graph_task_id() != -1
-
-
 def _hidden_message(name: str) -> str:
     return (
         f"a forward normalises over its micro-batch by {name}, called past torch.nn.functional (in a scripted module, "

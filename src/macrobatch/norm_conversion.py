@@ -1,7 +1,6 @@
 """BatchNorm layers replaced by others, with the weights that mean the same there."""
 
 import copy
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -35,11 +34,14 @@ def convert(
         raise ValueError(f"to must be one of {', '.join(map(repr, TARGETS))}, got {to!r}")
     if num_groups < 1:
         raise ValueError(f"num_groups must be at least 1, got {num_groups}")
+    for name, layer in model.named_modules():
+        if isinstance(layer, _BatchNorm):
+            _check(layer, name, to)
     model = model if in_place else copy.deepcopy(model)
     made: dict[int, nn.Module] = {}
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, _BatchNorm) and id(layer) not in made:
-            made[id(layer)] = _converted(layer, name, to, num_groups, process_group)
+    for layer in model.modules():
+        if isinstance(layer, _BatchNorm):
+            made[id(layer)] = _converted(layer, to, num_groups, process_group)
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if child is not None and id(child) in made:
@@ -47,60 +49,46 @@ def convert(
     return made.get(id(model), model)
 
 
-def _converted(
-    layer: _BatchNorm, name: str, to: Target, num_groups: int, process_group: dist.ProcessGroup | None
-) -> nn.Module:
+def _check(layer: _BatchNorm, name: str, to: Target) -> None:
+    what = f"{name!r} ({type(layer).__name__})"
     if isinstance(layer, _LazyNormBase):
-        raise ValueError(f"{name!r} ({type(layer).__name__}) does not know its channels yet: run the model once first")
-    if to == "sync":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(layer, process_group)  # type: ignore[no-any-return]
-    if to == "frozen":
-        new: nn.Module = _frozen(layer, name)
-    else:
-        new = _MAKERS[to](layer, name, num_groups)
-        _carry_over(layer, new)
-    new.train(layer.training)
-    return new
-
-
-def _group(layer: _BatchNorm, name: str, num_groups: int) -> nn.Module:
-    channels, is_flat = layer.num_features, isinstance(layer, nn.BatchNorm1d)
-    _refuse_single_channel(layer, name, is_flat)
-    least = min(8 if is_flat else 2, channels)  # so many values at least in a group: one alone would always be 0
-    groups = max(g for g in range(1, num_groups + 1) if channels % g == 0 and channels // g >= least)
-    return nn.GroupNorm(groups, channels, eps=layer.eps, affine=layer.affine)
-
-
-def _layer(layer: _BatchNorm, name: str, _: int) -> nn.Module:
-    _refuse_single_channel(layer, name, True)
-    return ChannelLayerNorm(layer.num_features, eps=layer.eps, affine=layer.affine)
-
-
-def _rms(layer: _BatchNorm, _: str, __: int) -> nn.Module:
-    return ChannelRMSNorm(layer.num_features, eps=layer.eps, affine=layer.affine)
-
-
-_MAKERS: dict[str, Callable[[_BatchNorm, str, int], nn.Module]] = {"group": _group, "layer": _layer, "rms": _rms}
-
-
-def _refuse_single_channel(layer: _BatchNorm, name: str, is_alone: bool) -> None:
-    if layer.num_features == 1 and is_alone:
+        raise ValueError(f"{what} does not know its channels yet: run the model once first")
+    if to == "frozen" and layer.running_mean is None:
+        raise ValueError(f"{what} has no running statistics that could be frozen")
+    if layer.num_features == 1 and (to == "layer" or (to == "group" and isinstance(layer, nn.BatchNorm1d))):
         raise ValueError(
-            f"{name!r} ({type(layer).__name__}) has a single channel: normalised by itself it would be constant. "
+            f"{what} has a single channel: normalised by itself it would be constant. "
             'Take to="rms", "sync" or "frozen" for this model, or replace the layer by hand'
         )
 
 
-def _carry_over(old: _BatchNorm, new: nn.Module) -> None:
-    """Weight and bias are the very parameters of the old layer: an optimizer that has them keeps them."""
-    if old.affine:
-        for name in ("weight", "bias"):
-            setattr(new, name, getattr(old, name))
+def _converted(layer: _BatchNorm, to: Target, num_groups: int, process_group: dist.ProcessGroup | None) -> nn.Module:
+    if to == "sync":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(layer, process_group)  # type: ignore[no-any-return]
+    if to == "frozen":
+        new: nn.Module = _frozen(layer)
+    else:
+        new = _new_layer(layer, to, num_groups)
+        if layer.affine:  # the very parameters of the old layer: an optimizer that has them keeps them
+            new.weight, new.bias = layer.weight, layer.bias
+    new.train(layer.training)
+    return new
 
 
-def _frozen(layer: _BatchNorm, name: str) -> "FrozenBatchNorm":
-    if layer.running_mean is None or layer.running_var is None:
-        raise ValueError(f"{name!r} ({type(layer).__name__}) has no running statistics that could be frozen")
+def _new_layer(layer: _BatchNorm, to: Target, num_groups: int) -> nn.Module:
+    channels = layer.num_features
+    if to == "layer":
+        return ChannelLayerNorm(channels, eps=layer.eps, affine=layer.affine)
+    if to == "rms":
+        return ChannelRMSNorm(channels, eps=layer.eps, affine=layer.affine)
+    least = min(8 if isinstance(layer, nn.BatchNorm1d) else 2, channels)  # so many in a group: one alone may be all 0
+    groups = max(g for g in range(1, num_groups + 1) if channels % g == 0 and channels // g >= least)
+    return nn.GroupNorm(groups, channels, eps=layer.eps, affine=layer.affine)
+
+
+def _frozen(layer: _BatchNorm) -> "FrozenBatchNorm":
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
     new = FrozenBatchNorm(layer.num_features, eps=layer.eps)
     new.running_mean, new.running_var = layer.running_mean, layer.running_var
     new.weight = torch.ones_like(layer.running_var) if layer.weight is None else layer.weight.detach()

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from macrobatch.distributed import AUTO, GroupChoice, Ranks
 from macrobatch.gradients import modules_of, submodules
 from macrobatch.joint_norm import Moments, exact_dtype, merged, merged_over_ranks, update_running
-from macrobatch.norm_calls import BatchNormCall, is_in_backward, norm_call
+from macrobatch.norm_calls import BatchNormCall, norm_call
 
 SUMS = ("pooled_count", "pooled_mean", "pooled_deviations")  # buffers of a layer while its moments are gathered
 
@@ -36,20 +36,20 @@ def pooled(model: nn.Module | Sequence[nn.Module], *, process_group: GroupChoice
     layers = [m for m in submodules(modules_of(model)) if isinstance(m, _BatchNorm) and m.running_mean is not None]
     ranks = Ranks.of(process_group)
     _refuse_sync(layers)
-    tracked = [None if m.num_batches_tracked is None else m.num_batches_tracked.clone() for m in layers]
+    statistics = [b for m in layers for b in (m.running_mean, m.running_var, m.num_batches_tracked) if b is not None]
+    before = [buffer.clone() for buffer in statistics]
     for layer in layers:
         for name, value in zip(SUMS, _nothing(layer), strict=True):
             layer.register_buffer(name, value, persistent=False)
     try:
-        with torch.compiler.set_stance("force_eager"), _Gather(layers):
-            yield
-        for layer, count in zip(layers, tracked, strict=True):
-            _update(layer, count, ranks)
-    except BaseException:
-        for layer, count in zip(layers, tracked, strict=True):
-            if count is not None and layer.num_batches_tracked is not None:
-                layer.num_batches_tracked.copy_(count)
-        raise
+        try:
+            with torch.compiler.set_stance("force_eager"), _Gather(layers):
+                yield
+        finally:  # forwards have counted themselves, and a checkpoint's second ones have moved the statistics
+            for buffer, value in zip(statistics, before, strict=True):
+                buffer.copy_(value)
+        for layer in layers:
+            _update(layer, ranks)
     finally:
         for layer in layers:
             for name in SUMS:
@@ -73,7 +73,10 @@ def momentum_for(accumulation_steps: int, *, momentum: float = 0.1) -> float:
 
 
 class _Gather(TorchFunctionMode):
-    """Within the context a batch_norm that would update a layer's running statistics adds to the layer's sums."""
+    """Within the context a batch_norm that would update a layer's running statistics adds to the layer's sums.
+
+    Forwards that a checkpoint runs again in backward are not seen: torch switches function modes off around backward.
+    """
 
     def __init__(self, layers: Sequence[_BatchNorm]) -> None:
         self._layers = {id(layer.running_mean): layer for layer in layers}
@@ -91,8 +94,7 @@ class _Gather(TorchFunctionMode):
             )
         mean, variance = torch.zeros_like(call.running_mean), torch.ones_like(call.running_mean)
         y = F.batch_norm(call.x, mean, variance, call.weight, call.bias, True, 1.0, call.eps)
-        if not is_in_backward():  # what a checkpoint computes again was seen before
-            _add(layer, mean, variance, call.x.numel() // call.x.shape[1])
+        _add(layer, mean, variance, call.x.numel() // call.x.shape[1])
         return y
 
 
@@ -112,15 +114,14 @@ def _add(layer: _BatchNorm, mean: Tensor, unbiased: Tensor, count: int) -> None:
         total.copy_(value)
 
 
-def _update(layer: _BatchNorm, tracked: Tensor | None, ranks: Ranks) -> None:
+def _update(layer: _BatchNorm, ranks: Ranks) -> None:
     moments = merged_over_ranks(Moments(*(getattr(layer, name) for name in SUMS)), ranks)
     there = moments.count > 1  # a layer that was not called keeps what it has
-    counter = layer.num_batches_tracked
-    if counter is not None and tracked is not None:
-        counter.copy_(tracked + there)
     momentum: float | Tensor = layer.momentum or 0.0
-    if layer.momentum is None and tracked is not None:
-        momentum = 1 / (tracked + 1.0)
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(there)
+        if layer.momentum is None:
+            momentum = 1 / layer.num_batches_tracked.double().clamp(min=1)
     kept = [(running, running.clone()) for running in (layer.running_mean, layer.running_var) if running is not None]
     update_running(layer.running_mean, layer.running_var, moments, momentum)
     for running, before in kept:
