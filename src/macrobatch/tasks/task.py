@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset, default_collate
 
 SumAndCount = tuple[Tensor, Tensor | float]  # a sum over the terms of a micro-batch, and how many terms there are
-LossFunction = Callable[[nn.Module, Any], Any]
+LossFunction = Callable[..., Any]  # of (model, micro_batch), or of (model, outputs, window)
 Metric = Callable[[nn.Module, Any], SumAndCount]
 
 
@@ -20,6 +20,8 @@ class Task:
     `train` and `validation` are map-style datasets (`len` and `[index]`); `collate` makes one micro-batch of a list of
     their samples. `loss_fn(model, micro_batch)` returns what `Accumulator` takes, best `(loss_sum, loss_weight)`. Each
     of `metrics`, by its name, returns `(sum, weight)` likewise and is averaged over the whole validation data.
+    With `encode(model, micro_batch)` the task is for GatheredAccumulator: `loss_fn(model, outputs, window)` and
+    `metric(model, outputs)` see the outputs of all samples at once.
     `learning_rate` was tuned at `base_batch_size`.
     """
 
@@ -35,6 +37,7 @@ class Task:
     micro_batch_size: int = 16
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     collate: Callable[[list[Any]], Any] = default_collate
+    encode: Callable[[nn.Module, Any], Any] | None = None
     description: str = ""
 
     def __post_init__(self) -> None:
@@ -63,6 +66,7 @@ def _check_kinds(task: Task) -> None:
         raise ValueError(f"task {task.name!r}: model must be a torch.nn.Module, got {type(task.model).__name__}")
     given = {entry.name: getattr(task, entry.name) for entry in fields(task)}
     functions = {name: given[name] for name in ("loss_fn", "make_optimizer", "collate")} | dict(task.metrics)
+    functions |= {} if task.encode is None else {"encode": task.encode}
     for name, function in functions.items():
         if not callable(function):
             raise ValueError(f"task {task.name!r}: {name} must be a function, got {type(function).__name__}")
