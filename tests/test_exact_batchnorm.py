@@ -574,7 +574,7 @@ def test_a_failure_at_any_operation_is_recovered_exactly() -> None:
 
     num_operations, _ = run(0)
     recovered = 0
-    for point in range(1, num_operations, 31):
+    for point in range(1, num_operations, 61):
         try:
             _, report = run(point)
         except torch.OutOfMemoryError:
@@ -584,7 +584,7 @@ def test_a_failure_at_any_operation_is_recovered_exactly() -> None:
         assert difference(gradients(model), expected) <= 1e-12, point
         assert buffer_difference(model, twin) <= 1e-12, point
         assert no_strand_is_alive()
-    assert recovered > 4
+    assert recovered > 2
 
 
 def test_what_cannot_be_measured_or_is_no_choice_is_refused() -> None:

@@ -234,3 +234,8 @@ class Accumulator:
     def micro_batch_size(self) -> int | None:
         """The most samples in one forward and backward at present; None takes windows as they come."""
         return self._limit.current
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """The most that the last window kept in host memory for its backward; 0 unless `batch_norm="exact"`."""
+        return self._way.offloaded_bytes

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from macrobatch.distributed import AUTO, GroupChoice, Ranks
 from macrobatch.gradients import modules_of, submodules
-from macrobatch.joint_norm import Moments, exact_dtype, merged, merged_over_ranks, update_running
+from macrobatch.joint_norm import Moments, exact_dtype, merged_over_ranks, update_running
 from macrobatch.norm_calls import BatchNormCall, norm_call
 
 SUMS = ("pooled_count", "pooled_mean", "pooled_deviations")  # buffers of a layer while its moments are gathered
@@ -105,13 +105,14 @@ def _nothing(layer: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
     return zeros.new_zeros(()), zeros, zeros.clone()
 
 
-def _add(layer: _BatchNorm, mean: Tensor, unbiased: Tensor, count: int) -> None:
-    sums: list[Tensor] = [getattr(layer, name) for name in SUMS]
-    dtype = sums[0].dtype
-    new = Moments(sums[0].new_full((), count), mean.to(dtype), unbiased.to(dtype) * (count - 1))
-    both = merged([new, Moments(*sums)])
-    for total, value in zip(sums, (both.count, both.mean, both.deviations), strict=True):
-        total.copy_(value)
+def _add(layer: _BatchNorm, mean: Tensor, unbiased: Tensor, n: int) -> None:
+    """Merge the moments of `n` elements per channel into the layer's sums (Chan's formula), in place."""
+    count, total_mean, deviations = (getattr(layer, name) for name in SUMS)
+    count.add_(n)
+    share = n / count
+    d = mean.to(total_mean.dtype).sub_(total_mean)
+    total_mean.addcmul_(d, share)
+    deviations.add_(unbiased, alpha=n - 1).addcmul_(d.square_(), (count - n) * share)
 
 
 def _update(layer: _BatchNorm, ranks: Ranks) -> None:

@@ -49,10 +49,16 @@ class Running:
 
 
 class Way(Protocol):
-    """How the micro-batches of a window are run. `overlaps`: whether DDP may reduce in a backward."""
+    """How the micro-batches of a window are run. `overlaps`: whether DDP may reduce in a backward.
+
+    `offloaded_bytes`: the most that lay in host memory during the last window.
+    """
 
     @property
     def overlaps(self) -> bool: ...  # noqa: D102
+
+    @property
+    def offloaded_bytes(self) -> int: ...  # noqa: D102
 
     def limit(self, micro_batch_size: Size, max_memory: int | str | None) -> SizeLimit:
         """How large micro-batches may be."""
@@ -73,6 +79,7 @@ class OneByOne:
 
     pools: bool = False
     overlaps: bool = True
+    offloaded_bytes: int = 0
 
     def limit(self, micro_batch_size: Size, max_memory: int | str | None) -> SizeLimit:
         """As given, or searched for."""
@@ -111,7 +118,7 @@ class InLockstep:
 
     `max_memory`: enforced while a window runs. The largest micro-batch that fits is the cheapest: one that holds the
     whole window is the full batch with its saved tensors offloaded; after an out-of-memory error the window is run
-    again in halves. `offload`: the last window's, for what lay on the host.
+    again in halves.
     """
 
     overlaps = False  # the layers' own sums over ranks come in between
@@ -119,7 +126,12 @@ class InLockstep:
     def __init__(self) -> None:
         self._max_memory: int | str | None = None
         self._has_run = False
-        self.offload = Offload()
+        self._offload = Offload()
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Of the graphs of all forwards together."""
+        return self._offload.peak
 
     def limit(self, micro_batch_size: Size, max_memory: int | str | None) -> SizeLimit:
         """As given; "auto" begins with the whole window."""
@@ -155,7 +167,7 @@ class InLockstep:
         """None if the window has been run, else what the allocator said."""
         pass_ = running.pass_
         kept = [*held_tensors(pass_.recipe.everything), *(leaf for m, _ in micro_batches for leaf in tensors(m))]
-        self.offload = Offload(kept)
+        self._offload = Offload(kept)
         try:
             with self._memory(pass_.home):
                 pass_.forward_backward_together(micro_batches, partial(self._forwards, pass_))
@@ -172,7 +184,7 @@ class InLockstep:
             forwards,
             pass_.recipe.everything,
             ranks=pass_.ranks,
-            offload=self.offload if torch.is_grad_enabled() else None,
+            offload=self._offload if torch.is_grad_enabled() else None,
             look_closely=not self._has_run,
         )
 
