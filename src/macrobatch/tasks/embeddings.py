@@ -5,6 +5,7 @@ they are, so what they give is computed once; the upper two are trained. The los
 batch (in-batch negatives), so it goes with GatheredAccumulator.
 """
 
+import functools
 import hashlib
 import importlib.util
 import sysconfig
@@ -152,6 +153,7 @@ def _encoder(frozen_layers: int, dropout: float) -> tuple[nn.Module, UpperLayers
     return model.eval().requires_grad_(False), upper.requires_grad_(True)
 
 
+@functools.cache
 def weights_folder() -> Path:
     """Where the package keeps the model; its weights are those this task was made with, by their SHA-256.
 
