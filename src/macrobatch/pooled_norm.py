@@ -110,7 +110,7 @@ def _add(layer: _BatchNorm, mean: Tensor, unbiased: Tensor, n: int) -> None:
     count, total_mean, deviations = (getattr(layer, name) for name in SUMS)
     count.add_(n)
     share = n / count
-    d = mean.to(total_mean.dtype).sub_(total_mean)
+    d = mean - total_mean
     total_mean.addcmul_(d, share)
     deviations.add_(unbiased, alpha=n - 1).addcmul_(d.square_(), (count - n) * share)
 
