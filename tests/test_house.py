@@ -23,7 +23,18 @@ PACKAGE = ROOT / "src" / "macrobatch"
 # A folder (cli, tasks, integrations) is one entry; inside it imports are free. A new module must be entered here.
 LEVELS = (
     # L0 values
-    ("containers", "distributed", "gradients", "leaves", "unscaling", "sizing", "storages", "speed", "moments"),
+    (
+        "containers",
+        "distributed",
+        "gradients",
+        "leaves",
+        "unscaling",
+        "sizing",
+        "storages",
+        "speed",
+        "moments",
+        "lanczos",
+    ),
     ("structure", "state", "memory", "substitution", "batch_tradeoff"),
     # normalising over a window: decision 0004
     ("strands", "offload", "norm_calls", "norm_conversion", "coupling", "joint_norm"),
@@ -45,14 +56,14 @@ LEVELS = (
     ("row_blocks", "gathered_forward"),
     ("gathered_loss", "gathered_backward"),
     ("gathered_window", "graph_budget"),
-    ("epoch", "per_example"),
+    ("epoch", "per_example", "hessian"),
     # What scaling_rules and warmup stand on.
     ("scaling_families", "schedulers"),
     ("scaling_changes",),
     # L2 policies: one level, so that they never import one another
     (
         *("scaling_rules", "warmup", "schedule", "noise", "adascale", "invariant_adam", "spikes"),
-        *("batchnorm", "contrastive", "packing", "sharpness", "verify"),
+        *("batchnorm", "contrastive", "packing", "sharpness", "sam", "verify"),
     ),
     ("__init__",),
     # L3 edges
@@ -61,7 +72,13 @@ LEVELS = (
 )
 LEVEL_OF = {entry: level for level, entries in enumerate(LEVELS) for entry in entries}
 # Values that are explained where they are used: on the page of another module.
-PAGE_OF = {"report": "accumulator", "criteria": "weighting", "structure": "batch", "grouping": "batch", "warmup": "scaling_rules"}
+PAGE_OF = {
+    "report": "accumulator",
+    "criteria": "weighting",
+    "structure": "batch",
+    "grouping": "batch",
+    "warmup": "scaling_rules",
+}
 PAGE_OF |= {"moments": "noise", "batch_tradeoff": "noise", "per_example": "noise"}
 EDGES = ("tasks", "integrations", "cli")  # need extras: never re-exported by the package
 

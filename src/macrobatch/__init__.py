@@ -18,8 +18,10 @@ from macrobatch.per_example import per_example_moments
 from macrobatch.planning import Plan, plan
 from macrobatch.report import Report
 from macrobatch.row_blocks import RowBlocks
+from macrobatch.sam import SAM
 from macrobatch.scaling_rules import Scaling, ScalingWarning, scale_clip, scale_ema, scale_hyperparameters
 from macrobatch.schedule import BatchSchedule
+from macrobatch.sharpness import Sharpness, Trace, hessian_trace, sam_sharpness, sharpness, stability_threshold
 from macrobatch.update import Update, apply_update
 from macrobatch.warmup import warmup
 from macrobatch.weighting import Loss, valid_tokens
@@ -27,6 +29,7 @@ from macrobatch.weighting import Loss, valid_tokens
 __version__ = "0.1.0"
 
 __all__ = [
+    "SAM",
     "Accumulator",
     "AdaScale",
     "BatchSchedule",
@@ -43,6 +46,8 @@ __all__ = [
     "RowBlocks",
     "Scaling",
     "ScalingWarning",
+    "Sharpness",
+    "Trace",
     "Tradeoff",
     "Update",
     "Window",
@@ -51,14 +56,18 @@ __all__ = [
     "batchnorm",
     "collate_windows",
     "gain",
+    "hessian_trace",
     "memory_limit",
     "parse_bytes",
     "peak_memory",
     "per_example_moments",
     "plan",
+    "sam_sharpness",
     "scale_clip",
     "scale_ema",
     "scale_hyperparameters",
+    "sharpness",
+    "stability_threshold",
     "sum_loss",
     "train_epoch",
     "valid_tokens",
