@@ -195,7 +195,7 @@ def failing_backwards(world: int, dropout: float, keep: int) -> None:
     model, mine = towers(dropout=dropout), share_of(everything(sum(sizes)), sizes)
     step, retries = Backwards.step, 0
     try:
-        for point in range(1, 60, 5):
+        for point in range(1, 60, 12):
             wanted, sizes_run = None, (4,)
             for fails in (True, False):
                 clear(model)
@@ -214,7 +214,7 @@ def failing_backwards(world: int, dropout: float, keep: int) -> None:
                 sizes_run = report.micro_batch_sizes if dropout else sizes_run
                 wanted = wanted or gradients(model)
             close(gradients(model), wanted)
-        assert retries > 8 if dist.get_rank() == 0 else retries == 0
+        assert retries >= 4 if dist.get_rank() == 0 else retries == 0
     finally:
         Backwards.step = step  # type: ignore[method-assign]
 

@@ -78,6 +78,7 @@ PAGE_OF = {
     "structure": "batch",
     "grouping": "batch",
     "warmup": "scaling_rules",
+    "row_blocks": "contrastive",
 }
 PAGE_OF |= {"moments": "noise", "batch_tradeoff": "noise", "per_example": "noise"}
 EDGES = ("tasks", "integrations", "cli")  # need extras: never re-exported by the package
