@@ -1,4 +1,4 @@
-"""The command line: `macrobatch train`, `macrobatch compare` and `macrobatch plan`. Needs the extra `cli`."""
+"""The command line: `macrobatch train`, `compare`, `plan` and `noise`. Needs the extra `cli`."""
 
 import os
 import sys
@@ -6,6 +6,7 @@ import sys
 _EXTRA = frozenset({"typer", "rich", "matplotlib", "jinja2", "tensorboard"})
 
 try:
+    from macrobatch.cli import noise_command
     from macrobatch.cli.app import app
 except ModuleNotFoundError as missing:
     package = (missing.name or "").split(".")[0]
@@ -21,4 +22,4 @@ def main() -> None:
     app()
 
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "noise_command"]

@@ -58,6 +58,7 @@ class Run:
         # It takes one more copy of the gradients: not where memory is short, unless that is what the run is about.
         self.measures = needs_noise or (self.max_memory is None and options.noise == "watch")
         self.noise = NoiseWatch(options.noise_half_life)
+        self.scaler = setup.scaler_for(options.precision, self.device)
         self.accumulator = Accumulator(
             self.model,
             task.loss_fn,
@@ -65,7 +66,7 @@ class Run:
             max_memory=None if self.given_size else self.max_memory,
             batch_norm="micro_batch",  # the task says what its micro-batches normalise over
             autocast=self.autocast,
-            scaler=setup.scaler_for(options.precision, self.device),
+            scaler=self.scaler,
             measure="norms" if self.measures else None,
         )
         with MemoryUse(self.device, self.max_memory):

@@ -13,9 +13,8 @@ from macrobatch.scaling_rules import RuleName
 from macrobatch.tasks import Task
 
 Noise = Literal["watch", "measure", "per example"]
-FEWEST_PIECES = (
-    8  # micro-batches in an update where the noise is what the run is about: the variance of S is 2 / (K - 1)
-)
+# Micro-batches in an update that is there to measure noise: the variance of the estimate goes as 1 / (K - 1).
+FEWEST_PIECES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +67,7 @@ def batch_plan(task: Task, options: TrainOptions, data_size: int) -> BatchPlan:
 def tokens_per_sample(task: Task) -> Callable[[], float]:
     """A function that counts the loss terms of a sample: as many as the task's first samples have on average."""
 
-    def counted() -> float:
+    def terms_per_sample() -> float:
         batch, was_training = sample_batch(task), task.model.training
         task.model.eval()
         try:
@@ -81,7 +80,7 @@ def tokens_per_sample(task: Task) -> Callable[[], float]:
             )
         return float(report.loss_weight) / report.num_samples  # type: ignore[arg-type]  # not a mapping
 
-    return counted
+    return terms_per_sample
 
 
 def given_size(task: Task, options: TrainOptions, plan: BatchPlan) -> tuple[int | None, str]:
@@ -89,13 +88,14 @@ def given_size(task: Task, options: TrainOptions, plan: BatchPlan) -> tuple[int 
     smallest, largest, given = min(plan.sizes), max(plan.sizes), options.micro_batch_size
     if options.noise == "measure" or plan.measures:
         return _size_to_measure(task, options, smallest)
+    if options.noise == "per example":
+        _refuse_coupled_examples(task)
     if given == "auto":
         refuse_coupled([task.model])
         return None, ""
     if given is not None:
         return min(given, largest), ""
-    why = "each update is one piece, measured example by example" if options.noise == "per example" else ""
-    why = why or _why_not_auto(task)
+    why = _why_not_auto(task)
     return (min(task.micro_batch_size, largest), why) if why else (None, "")
 
 
@@ -123,6 +123,15 @@ def _size_to_measure(task: Task, options: TrainOptions, smallest: int) -> tuple[
             f"{smallest}{instead}"
         )
     return given, ""
+
+
+def _refuse_coupled_examples(task: Task) -> None:
+    layer = coupling_layer(task.model)
+    if layer is not None:
+        raise ValueError(
+            f"--per-example takes the samples one by one, and {layer} normalises over several: leave it out, and the "
+            "noise is measured between micro-batches"
+        )
 
 
 def _why_not_auto(task: Task) -> str:
