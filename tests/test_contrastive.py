@@ -1,5 +1,6 @@
 """A loss over all outputs of a window has the full batch's gradient, however it is cut and whatever graphs are kept."""
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -634,6 +635,23 @@ def test_the_micro_batches_own_gradients_are_measured_without_that_of_the_loss()
     assert sum(float(s.sum()) for s in report.mean_squares if s is not None) == pytest.approx(weighted, rel=1e-12)
 
 
+def test_graphs_that_a_budget_was_found_to_hold_are_restored_without_looking_again() -> None:
+    def make() -> tuple[Towers, Batch, mb.GatheredAccumulator]:
+        model, batch = case()
+        return model, batch, mb.GatheredAccumulator(model, encode, info_nce, micro_batch_size=4, max_memory="10MB")
+
+    _, _, fresh = make()
+    assert fresh.state_dict()["graphs"] is None
+    model, batch, first = make()
+    first.run(batch)
+    assert first.keep_graphs == 3
+    model, batch, second = make()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.keep_graphs == 3
+    second.run(batch)
+    assert model.forwards == 3, "no rehearsal"
+
+
 def test_what_was_learned_is_saved_and_restored() -> None:
     model, _ = case()
     first = mb.GatheredAccumulator(model, encode, info_nce, micro_batch_size=4, keep_graphs=3)
@@ -719,3 +737,32 @@ def test_what_cannot_work_is_refused_before_anything_runs(arguments: dict[str, A
 def test_blocks_have_at_least_one_row() -> None:
     with pytest.raises(ValueError, match="rows must be an integer of at least 1, got 0"):
         mb.RowBlocks(info_nce_rows, rows=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("keep", [0, 1, 3])
+def test_on_a_gpu_gradients_and_masks_are_the_same(keep: int) -> None:
+    model, batch = case(dropout=0.4)
+    model.cuda()
+
+    def on_gpu(m: Towers, outputs: dict[str, Tensor], window: Any) -> Tensor:
+        logits, targets = scores(m, outputs), torch.arange(N, device="cuda")
+        return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+    def whole() -> Tensor:
+        parts = [encode(model, {key: value.cuda() for key, value in p.items()}) for p in mb.Window([batch]).cut(4)]
+        return on_gpu(model, {key: torch.cat([part[key] for part in parts]) for key in parts[0]}, None)
+
+    torch.manual_seed(3)
+    expected = reference(model, whole)
+    following = torch.rand(3, device="cuda")
+    torch.manual_seed(3)
+    pinned = {key: value.pin_memory() for key, value in batch.items()}
+    mb.GatheredAccumulator(model, encode, on_gpu, micro_batch_size=4, keep_graphs=keep).run(pinned)
+    assert difference(gradients(model), expected) <= 1e-10
+    assert torch.equal(torch.rand(3, device="cuda"), following)

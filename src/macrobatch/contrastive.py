@@ -191,14 +191,17 @@ class GatheredAccumulator(Accumulator):
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned on the way: sizes that fit and are fast, and how many graphs. For any checkpoint."""
-        return super().state_dict() | {"graphs": self._graphs.state_dict()}
+        return super().state_dict() | {"graphs": None if self._has_room_for_graphs else self._graphs.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on as the accumulator went on whose `state_dict` this is."""
         if "graphs" not in state:
             raise ValueError(f"a gathered accumulator's state holds 'graphs', this one {sorted(state)}")
         super().load_state_dict({key: value for key, value in state.items() if key != "graphs"})
-        self._graphs.load_state_dict(state["graphs"])
+        if state["graphs"] is not None:
+            if self._has_room_for_graphs:  # the budget was looked at already
+                self._graphs, self._has_room_for_graphs = SizeLimit(state["graphs"]["start"]), False
+            self._graphs.load_state_dict(state["graphs"])
 
 
 def _without_ddp(model: nn.Module | Sequence[nn.Module]) -> nn.Module | list[nn.Module]:

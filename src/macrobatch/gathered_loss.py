@@ -47,10 +47,13 @@ class WindowLoss:
         self._own_gradients: list[tuple[nn.Parameter, Tensor]] = []  # of parameters, as the loss alone left them
 
     def evaluate(self, window: Window, outputs: Outputs) -> None:
-        """`value` is known."""
+        """This rank's part of the loss is in `value`."""
         self.num_samples = outputs.num_samples
         for share in self._shares(window, outputs):
             self.value += share.detach().to(self.value)
+
+    def sum_value(self) -> None:
+        """`value` is that of all ranks."""
         if self._is_divided:
             self.value = self._ranks.sum(self.value)
 
@@ -76,8 +79,8 @@ class WindowLoss:
 
     def settle(self, outputs: Outputs, own: slice, before: list[tuple[Tensor | None, int]]) -> None:
         """Summed over ranks where it was divided; `gradients` are this rank's. `before`: from `versions`."""
+        self.sum_value()
         if self._is_divided:
-            self.value = self._ranks.sum(self.value)
             for row in outputs.rows:
                 if row.requires_grad:
                     row.grad = self._ranks.sum(torch.zeros_like(row) if row.grad is None else row.grad)

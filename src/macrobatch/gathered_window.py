@@ -68,8 +68,9 @@ class GatheredWindow:
         """The loss is known."""
         self._together(lambda: self._first.run(window, 0, self._recovery, self._reduction))
         outputs, _ = self._first.gather(self._ranks)
-        self._loss = self._window_loss()
-        self._loss.evaluate(window, outputs)
+        self._loss = loss = self._window_loss()
+        self._together(lambda: loss.evaluate(window, outputs))
+        loss.sum_value()
 
     def has_run(self, window: Window, gradients: WindowGradients) -> bool:
         """Every rank's part of the gradient is in `p.grad`; False if the window must run again from zero, on all."""
