@@ -1,8 +1,14 @@
 """Layers that couple samples are found and told; converted layers do not couple; pooled statistics are the window's."""
 
 import copy
+import importlib.util
+import json
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +29,7 @@ from macrobatch.batchnorm import (
     pooled,
 )
 
+ROOT = Path(__file__).parents[1]
 SIZES = [4, 3, 3]
 
 # ---- found and told
@@ -354,3 +361,38 @@ def test_momenta_that_are_none_are_refused() -> None:
         momentum_for(0)
     with pytest.raises(ValueError, match=r"momentum must be between 0 and 1, got 1\.5"):
         momentum_for(2, momentum=1.5)
+
+
+# ---- the benchmark
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_batchnorm", ROOT / "benchmarks" / "batchnorm.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclass looks itself up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_memory(rows: list[dict[str, Any]]) -> None:
+    """Lockstep at K = 8 is far below the full batch, whose saved tensors lie on the host instead."""
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["exact, 8"]["peak of full batch"] <= 0.3
+    assert by_name["exact, 8"]["host"] > 0.5 * by_name["full batch"]["peak"]
+    assert by_name["micro-batches"]["host"] == by_name["full batch"]["host"] == 0
+
+
+def test_the_benchmark_runs_and_memory_is_as_claimed(benchmark: ModuleType) -> None:
+    rows = benchmark.measure(batch_size=32, width=8, side=16, rounds=1)
+    assert len(rows) == len(benchmark.table(rows).splitlines()) - 2
+    check_memory(rows)
+
+
+def test_the_page_shows_the_kept_results_which_keep_their_promises(benchmark: ModuleType) -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "batchnorm.json").read_text(encoding="utf-8"))["rows"]
+    assert benchmark.table(rows) in (ROOT / "docs" / "batchnorm.md").read_text(encoding="utf-8")
+    check_memory(rows)
+    assert {row["name"]: row["time"][1] for row in rows}["exact, 8"] <= 2.2

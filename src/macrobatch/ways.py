@@ -116,9 +116,8 @@ class OneByOne:
 class InLockstep:
     """All micro-batches together, their graphs in host memory: batch normalisation over the whole window.
 
-    `max_memory`: enforced while a window runs. The largest micro-batch that fits is the cheapest: one that holds the
-    whole window is the full batch with its saved tensors offloaded; after an out-of-memory error the window is run
-    again in halves.
+    A micro-batch that holds the whole window is the full batch with its saved tensors offloaded: with "auto" the first
+    to be tried. After an out-of-memory error the window is run again in halves. `max_memory`: enforced meanwhile.
     """
 
     overlaps = False  # the layers' own sums over ranks come in between
