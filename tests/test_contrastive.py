@@ -215,6 +215,23 @@ def test_random_numbers_that_the_loss_draws_follow_those_of_the_encoder() -> Non
     assert torch.equal(torch.rand(2), following)
 
 
+def test_limit_numbers_of_a_generator_of_its_own_are_not_drawn_again() -> None:
+    model, batch = case()
+    generator = torch.Generator()
+
+    def noisy(m: Towers, b: Batch) -> dict[str, Tensor]:
+        noise = torch.randn(len(b["x"]), 6, generator=generator, dtype=torch.float64)
+        return encode(m, b) | {"left": m.left(b["x"]) * noise}
+
+    results = []
+    for keep in (3, 0):
+        clear(model)
+        generator.manual_seed(0)
+        mb.GatheredAccumulator(model, noisy, info_nce, micro_batch_size=4, keep_graphs=keep).run(batch)
+        results.append(gradients(model))
+    assert difference(results[1], results[0]) > 0.1
+
+
 class Stateful(nn.Module):
     """A layer with state that its output depends on and that each forward changes, in one of several ways."""
 
