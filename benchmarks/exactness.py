@@ -194,7 +194,13 @@ def cases() -> Iterator[Case]:
         loss_fn=two_sums,
         options={"count": two_counts},
     )
-    yield digit_case("BatchNorm in training mode", [32] * 4, model=lambda: classifier(nn.BatchNorm1d), is_exact=False)
+    yield digit_case(
+        "BatchNorm in training mode",
+        [32] * 4,
+        model=lambda: classifier(nn.BatchNorm1d),
+        options={"batch_norm": "micro_batch"},
+        is_exact=False,
+    )
     yield digit_case(
         "InfoNCE with negatives in the batch", [32] * 4, mean=contrastive_mean, loss_fn=contrastive_mean, is_exact=False
     )

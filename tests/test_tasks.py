@@ -74,7 +74,7 @@ def test_the_loss_of_a_task_is_a_sum_with_its_count(task: Task) -> None:
 
 def test_a_task_learns(task: Task) -> None:
     optimizer = task.make_optimizer(task.model, task.learning_rate)
-    accumulator = mb.Accumulator(task.model, task.loss_fn, micro_batch_size=8)
+    accumulator = mb.Accumulator(task.model, task.loss_fn, micro_batch_size=8, batch_norm="micro_batch")
     losses = []
     for _ in range(40):
         report = accumulator.run(first_samples(task, 32))
