@@ -709,6 +709,11 @@ def test_outputs_that_are_not_rows_of_samples_are_refused(returned: Callable[...
         run(returned)
 
 
+def test_outputs_without_parameters_are_refused_where_a_budget_is_planned_too() -> None:
+    with pytest.raises(ValueError, match="no output of encode depends on a trainable parameter"):
+        run(lambda m, b: {key: z.detach() for key, z in encode(m, b).items()}, max_memory="10MB")
+
+
 @pytest.mark.parametrize(
     ("loss_fn", "message"),
     [

@@ -180,7 +180,9 @@ def test_several_failures_in_one_window_leave_the_gradient_exact(monkeypatch: py
     assert several > 20
 
 
-def test_kept_graphs_make_room_before_any_micro_batch_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_graphs_make_room_before_any_micro_batch_is_halved(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     model, batch, accumulator = fresh("plain", 2)
     again(model, accumulator)
     _, forward = run_with_failures(accumulator, batch, set(), monkeypatch, "forward")
@@ -188,6 +190,7 @@ def test_kept_graphs_make_room_before_any_micro_batch_is_halved(monkeypatch: pyt
     report, _ = run_with_failures(accumulator, batch, {forward.count}, monkeypatch, "forward")
     assert report.micro_batch_sizes == (4, 4)
     assert accumulator.keep_graphs == 1
+    assert "kept graphs were let go and made again; at most 1 now" in caplog.text
     kept = []
     for _ in range(8):
         clear(model)

@@ -11,6 +11,7 @@ m = 0.
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -36,6 +37,8 @@ from macrobatch.report import Report
 from macrobatch.sizing import SizeLimit
 from macrobatch.structure import Nested, map_tensors, tensors
 from macrobatch.window_pass import Autocast, WindowPass
+
+logger = logging.getLogger("macrobatch")
 
 
 class GatheredAccumulator(Accumulator):
@@ -138,6 +141,7 @@ class GatheredAccumulator(Accumulator):
         self._limit.window_ended(max(report.micro_batch_sizes, default=0), report.retries)
         if turn.num_let_go:
             self._graphs.failed(self.keep_graphs + 1)
+            logger.warning("out of memory: kept graphs were let go and made again; at most %d now", self.keep_graphs)
         self._graphs.window_ended(self.keep_graphs + 1, turn.num_let_go)
         recovery.log()
         return report
@@ -156,11 +160,11 @@ class GatheredAccumulator(Accumulator):
     def _window(self, batch: Nested) -> Window:
         """As of any accumulator; with a budget the loss takes its part of it first, and graphs what is left at last."""
         searches = isinstance(self._limit, AutoSize) and not self._limit.has_begun
-        needs = self._needs(batch) if searches or self._has_room_for_graphs else None
+        is_settled = not isinstance(self._limit, AutoSize) or self._limit.is_found
+        needs = self._needs(batch) if searches or (self._has_room_for_graphs and is_settled) else None
         if searches and needs is not None:
             self._max_memory = needs.left
         window = super()._window(batch)
-        is_settled = not isinstance(self._limit, AutoSize) or self._limit.is_found
         if self._has_room_for_graphs and is_settled and needs is not None:
             self._graphs = SizeLimit(1 + needs.graphs(max(window.micro_batch_sizes), len(window)))
             self._has_room_for_graphs = False
@@ -220,6 +224,8 @@ class _SumOfOutputs(nn.Module):
     def forward(self, model: Any, micro_batch: Nested) -> Tensor:
         """The sum of all outputs: its backward takes what that of any other loss takes."""
         rows = [row for row in tensors(self.encode(model, micro_batch)) if row.requires_grad]
+        if not rows:
+            raise ValueError("no output of encode depends on a trainable parameter: was it detached?")
         return torch.stack([row.sum().float() for row in rows]).sum()
 
 

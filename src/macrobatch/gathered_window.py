@@ -132,6 +132,7 @@ class GatheredWindow:
             return False
         finally:
             self._retries += recovery.retries
+            recovery.log()
         return True
 
     def _measure(self, position: int, num_samples: int) -> None:
