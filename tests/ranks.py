@@ -438,14 +438,14 @@ class FailOnce(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def recovered_everywhere(world: int, **options: bool) -> None:
-    """Fail rank 0 at every fourth operation of its window, in turn, but not in the backward that communicates."""
+def recovered_everywhere(world: int, overlap: bool = True, **options: bool) -> None:
+    """Fail rank 0 at every fourth operation of its window, in turn, but not in a backward that communicates."""
     batch, sizes = everything(sum(sizes_for(world))), sizes_for(world)
     model = tagger()
     del model.calls  # a failure in DDP's own broadcast of buffers cannot be recovered: a stated limit
     expected = expected_for(model, batch)
     ddp = DDP(model, **options)
-    accumulator = mb.Accumulator(ddp, token_sum, micro_batch_size=3)
+    accumulator = mb.Accumulator(ddp, token_sum, micro_batch_size=3, overlap=overlap)
     forward_backward = WindowPass.forward_backward
     mode = FailOnce(ddp, 0)
 
@@ -482,6 +482,35 @@ def out_of_memory_on_one_rank_is_recovered(world: int) -> None:
 
 def out_of_memory_is_recovered_with_gradients_as_bucket_views(world: int) -> None:
     recovered_everywhere(world, gradient_as_bucket_view=True)
+
+
+def without_overlap_out_of_memory_is_recovered_in_the_last_backward_too(world: int) -> None:
+    recovered_everywhere(world, overlap=False)
+
+
+def out_of_memory_in_a_backward_that_communicates_is_an_error_that_says_what_to_change(world: int) -> None:
+    model = tagger()
+    ddp = DDP(model)
+    batch, calls = share_of(everything(sum(sizes_for(world))), sizes_for(world)), [0]
+
+    def failing(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        calls[0] += 1
+        loss, weight = token_sum(model, batch)
+        if ddp.require_backward_grad_sync and calls[0] < 20:
+            loss.register_hook(raise_out_of_memory)  # before anything is sent, on all ranks alike
+        return loss, weight
+
+    accumulator = mb.Accumulator(ddp, failing, micro_batch_size=2)
+    refused(torch.OutOfMemoryError, "in which DDP communicates", lambda: accumulator.run(batch))
+    assert all(p.grad is None for p in model.parameters())
+    refused(torch.OutOfMemoryError, "or overlap=False", lambda: accumulator.run(batch))
+    expected = expected_for(model, everything(sum(sizes_for(world))))
+    mb.Accumulator(ddp, failing, micro_batch_size=2, overlap=False).run(batch)  # where no backward communicates
+    close(gradients(model), expected)
+
+
+def raise_out_of_memory(_: Tensor) -> None:
+    raise torch.OutOfMemoryError("injected")
 
 
 def micro_batches_are_measured_over_all_ranks(world: int) -> None:

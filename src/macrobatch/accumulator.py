@@ -59,6 +59,7 @@ class Accumulator:
     `grad_dtype`: see `gradients.WindowGradients`; None sums low precision in float32, ends in the parameter's dtype.
     `cut(batch, start, stop)` and `num_samples(batch)`: for batches that are not nested tensors, batch dimension first.
     `process_group`: "auto" is that of the DDP modules, else all processes; None is this process alone.
+    `overlap`: DDP reduces in the last backward; False: after it, and out of memory is recovered in that one too.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Accumulator:
         cut: Cut | None = None,
         num_samples: NumSamples | None = None,
         process_group: GroupChoice = AUTO,
+        overlap: bool = True,
     ) -> None:
         check_loss_fn(loss_fn)
         self.model = model
@@ -100,6 +102,7 @@ class Accumulator:
         )
         self._learned = Learned()
         self._grad_dtype = grad_dtype
+        self._overlap = overlap
         self._cut = cut
         self._num_samples = num_samples or structure.num_samples
 
@@ -121,7 +124,7 @@ class Accumulator:
             window, everyone_runs = self._agree_on_window(batch, pass_.ranks)
             pass_.count(window)
             recovery = self._recovery(pass_, walked)
-            overlaps = self._way.overlaps and gradients.match_parameters and everyone_runs
+            overlaps = self._overlap and self._way.overlaps and gradients.match_parameters and everyone_runs
             with GradientReduction(pass_.replicas, pass_.ranks, overlaps, everyone_runs) as reduction:
                 running = Running(window, pass_, gradients, reduction, recovery, self._limit, self._cut)
                 while not self._has_run(running):
