@@ -144,7 +144,7 @@ def _encoder(frozen_layers: int, dropout: float) -> tuple[nn.Module, UpperLayers
         ) from None
     config = BertConfig.from_json_file(folder / "config.json")
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    model = BertModel(config)
+    model: Any = BertModel(config)
     weights = load_file(folder / "model.safetensors")  # numbers only: no code is run from the file
     weights.pop("embeddings.position_ids", None)  # 0, 1, 2, ..., which the library no longer keeps
     model.load_state_dict(weights)
