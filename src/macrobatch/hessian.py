@@ -2,7 +2,8 @@
 
     H v = ( Σ_j H_j v ) / Σ_j loss_weight_j         H_j: the Hessian of micro-batch j's loss_sum
 
-Exact like the gradient, for any cut. By double backward, or by differences of gradients where a kernel has none:
+By double backward H_j v is the gradient of g_j · v, a loss like any other, so that the Accumulator adds it up: every
+form of loss, exact for any cut. Or by differences of gradients, where a kernel has no second derivative:
 
     H v ≈ ( g(w + e v) - g(w - e v) ) / (2 e)       |v| = 1
 """
@@ -16,16 +17,18 @@ from torch import Tensor, nn
 
 from macrobatch.accumulator import Accumulator
 from macrobatch.batch import Window
-from macrobatch.devices import device_of, on_device
-from macrobatch.gradients import ddp_modules, modules_of, submodules
-from macrobatch.leaves import StrayLeaves
+from macrobatch.coupling import coupled_layers
+from macrobatch.gradients import ddp_modules, modules_of, name_of, submodules
+from macrobatch.leaves import has_nested_backward
 from macrobatch.recovery import is_out_of_memory
 from macrobatch.structure import Nested
 from macrobatch.substitution import Stage
-from macrobatch.weighting import known, terms_of
+from macrobatch.tally import CountFn
+from macrobatch.weighting import LOSS, Loss, terms_of
 
 LossFn = Callable[[Any, Any], Any]
 Method = Literal["auto", "double-backward", "finite-differences"]
+AGREE = 0.02  # how far, relative, a custom function's second derivative may be from the difference of its first
 
 
 class Hessian:
@@ -43,26 +46,51 @@ class Hessian:
         window: Window,
         parameters: Sequence[nn.Parameter],
         method: Method,
+        count: CountFn | None = None,
     ) -> None:
         self._model = model
         self._modules = modules
         self._loss_fn = loss_fn
         self._window = window
+        self._count = count
         self.parameters = parameters
         self.num_products = 0
+        self._direction: list[Tensor] = []
+        self._has_custom_functions = False
         self.method = "finite-differences" if method == "finite-differences" else "double-backward"
         self.why = "as asked for"
         if method == "auto":
-            self.why = "every operation of the loss has a second derivative"
-            self._try_double_backward()
+            failure = self._why_not_double_backward()
+            self.why = failure or "every operation of the loss has a second derivative"
+            self.method = "finite-differences" if failure else "double-backward"
 
-    def _try_double_backward(self) -> None:
+    def _why_not_double_backward(self) -> str | None:
+        """What is wrong with second derivatives, None if nothing; tried on the first micro-batch that has terms."""
+        for micro_batch, n in self._window.sized():
+            one = Window.of_sized([(micro_batch, n)]).fill()
+            gradient, has_terms = self._run(self._loss_fn_alone, one)
+            if has_terms:
+                return self._failure_on(one, gradient)
+        return None  # the whole window is refused by the first product
+
+    def _failure_on(self, one: Window, gradient: Tensor) -> str | None:
+        length = _norm(gradient)
+        v = gradient / length if length > 0 else torch.ones_like(gradient) / len(gradient) ** 0.5
         try:
-            self._second(self.zeros())
+            second = self._second(v, one)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            self.method, self.why = "finite-differences", f"double backward failed: {str(error).splitlines()[0]}"
+            return f"double backward failed: {str(error).splitlines()[0]}"
+        if not self._has_custom_functions:
+            return None
+        # Such a function's backward may treat as constant what is not, without an error.
+        difference = self._difference(v, one)
+        rounding = 100 * torch.finfo(self._dtype).eps * length / self._step
+        off, size = _norm(second - difference), max(_norm(second), _norm(difference))
+        if off <= AGREE * size + rounding:
+            return None
+        return f"a custom autograd function's second derivative is {off / size:.0%} off the difference of its first"
 
     def zeros(self) -> Tensor:
         """A zero vector, shape (n,)."""
@@ -72,22 +100,47 @@ class Hessian:
     def _dtype(self) -> torch.dtype:
         return torch.float64 if all(p.dtype == torch.float64 for p in self.parameters) else torch.float32
 
+    @property
+    def _step(self) -> float:
+        # The error has a part that grows with the step (the loss is not quadratic) and one with its inverse (rounding).
+        return 1e-4 if self._dtype == torch.float64 else 1e-2
+
     def product(self, v: Tensor) -> Tensor:
         """H v, shape (n,)."""
         self.num_products += 1
-        return self._second(v) if self.method == "double-backward" else self._difference(v)
+        return self._second(v, self._window) if self.method == "double-backward" else self._difference(v, self._window)
 
     def gradient(self) -> Tensor:
         """The gradient of the mean loss, shape (n,)."""
-        Accumulator(self._model, self._loss_fn, process_group=None).run(self._window)
-        g = self._flat([p.grad for p in self.parameters])
+        return self._gradient_over(self._window)
+
+    def _gradient_over(self, window: Window) -> Tensor:
+        return self._of_terms(self._loss_fn_alone, window)
+
+    def _of_terms(self, loss_fn: LossFn, window: Window) -> Tensor:
+        gradient, has_terms = self._run(loss_fn, window)
+        if not has_terms:
+            raise ValueError("the batch has no loss terms: its mean loss, and so its curvature, is not defined")
+        return gradient
+
+    def _run(self, loss_fn: LossFn, window: Window) -> tuple[Tensor, bool]:
+        """The gradient of that loss over the window, flat, and whether it had terms."""
+        report = self._accumulator(loss_fn).run(window)
+        gradient = self._flat([p.grad for p in self.parameters])
         for p in self.parameters:
             p.grad = None
-        return g
+        return gradient, bool(report.has_terms)
+
+    def _accumulator(self, loss_fn: LossFn) -> Accumulator:
+        """A new one each time, so that every window is looked at as closely as a first one."""
+        return Accumulator(self._modules, loss_fn, count=self._count, batch_norm="micro_batch", process_group=None)
+
+    def _loss_fn_alone(self, _: Any, micro_batch: Nested) -> Any:
+        return self._loss_fn(self._model, micro_batch)
 
     def loss(self) -> Tensor:
         """The mean loss, shape ()."""
-        return Accumulator(self._model, self._loss_fn, process_group=None).evaluate(self._window).loss
+        return self._accumulator(self._loss_fn_alone).evaluate(self._window).loss
 
     @contextmanager
     def moved(self, step: Tensor) -> Iterator[None]:
@@ -103,48 +156,41 @@ class Hessian:
                 for p, b in zip(self.parameters, before, strict=True):
                     p.copy_(b)
 
-    def _difference(self, v: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(v, dtype=torch.float64)
+    def _difference(self, v: Tensor, window: Window) -> Tensor:
+        length = _norm(v)
         if length == 0:
             return self.zeros()
-        # The error has a part that grows with e (the loss is not quadratic) and one with 1 / e (rounding of g).
-        e = (1e-4 if self._dtype == torch.float64 else 1e-2) / length
+        e = self._step / length
         with self.moved(e * v):
-            ahead = self.gradient()
+            ahead = self._gradient_over(window)
         with self.moved(-e * v):
-            behind = self.gradient()
-        difference: Tensor = (ahead - behind) / (2 * e)
-        return difference.to(self._dtype)
+            behind = self._gradient_over(window)
+        return (ahead - behind) / (2 * e)
 
-    def _second(self, v: Tensor) -> Tensor:
-        parts = [part.to(p.dtype) for part, p in zip(self._split(v), self.parameters, strict=True)]
-        total, weights = self.zeros(), 0.0
-        for micro_batch, n, _ in on_device(self._window.sized(), device_of(self.parameters)):
-            terms = terms_of(self._loss_fn(self._model, micro_batch), n, has_count=False)
-            assert terms.weight is not None
-            weight = known(terms.weight)
-            weights += float(terms.weight) if weight is None else weight
-            for loss_sum in terms.sums.values() if weight != 0 else ():
-                total += terms.multiplier * self._flat(self._of_sum(loss_sum, parts))
-        if weights == 0:
-            raise ValueError("the batch has no loss terms: its mean loss, and so its curvature, is not defined")
-        return total / weights
+    def _second(self, v: Tensor, window: Window) -> Tensor:
+        self._direction = [part.to(p.dtype) for part, p in zip(self._split(v), self.parameters, strict=True)]
+        return self._of_terms(self._slope, window)
 
-    def _of_sum(self, loss_sum: Tensor, v: list[Tensor]) -> Sequence[Tensor | None]:
+    def _slope(self, _: Any, micro_batch: Nested) -> Any:
+        """A loss_fn: the derivative of the loss along the direction, in the form that the loss has."""
+        terms = terms_of(self._loss_fn(self._model, micro_batch), 1, self._count is not None)
+        if terms.is_empty:
+            return Loss(0.0, terms.weight)  # type: ignore[arg-type]
+        slopes = {name: self._along(loss_sum) for name, loss_sum in terms.sums.items()}
+        if self._count is not None:
+            return slopes
+        return slopes[LOSS] if terms.is_mean else (slopes[LOSS], terms.weight)
+
+    def _along(self, loss_sum: Tensor) -> Tensor:
         if not loss_sum.requires_grad:
-            raise ValueError("the loss does not depend on any trainable parameter (it requires no gradient)")
-        StrayLeaves([loss_sum], self.parameters, self._loss_fn)
+            return loss_sum  # the Accumulator says what is wrong with it
+        self._has_custom_functions |= has_nested_backward([loss_sum])
         gradient = torch.autograd.grad(loss_sum, self.parameters, create_graph=True, allow_unused=True)
-        pairs = [(g, part) for g, part in zip(gradient, v, strict=True) if g is not None and g.requires_grad]
-        if not pairs:  # a loss linear in the weights
-            return [None] * len(self.parameters)
-        outputs, directions = zip(*pairs, strict=True)
-        # Not autograd.grad: it would pass by the error that marks a function as differentiable only once, and be wrong.
-        torch.autograd.backward(outputs, directions)
-        products = [p.grad for p in self.parameters]
-        for p in self.parameters:
-            p.grad = None
-        return products
+        pairs = zip(gradient, self._direction, strict=True)
+        slope = torch.stack([(g * part).sum() for g, part in pairs if g is not None]).sum()
+        if slope.requires_grad:
+            return slope
+        return slope + 0.0 * torch.stack([p.sum() for p in self.parameters]).sum()  # linear in the weights
 
     def _flat(self, tensors: Sequence[Tensor | None]) -> Tensor:
         filled = [torch.zeros_like(p) if t is None else t for t, p in zip(tensors, self.parameters, strict=True)]
@@ -155,6 +201,10 @@ class Hessian:
         return [piece.view(p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
 
 
+def _norm(v: Tensor) -> float:
+    return float(torch.linalg.vector_norm(v, dtype=torch.float64))
+
+
 @contextmanager
 def hessian_of(
     model: nn.Module | Sequence[nn.Module],
@@ -163,12 +213,14 @@ def hessian_of(
     *,
     micro_batch_size: int | None = None,
     method: Method = "auto",
+    count: CountFn | None = None,
 ) -> Iterator[Hessian]:
     """Within the context: the Hessian at the present weights, all modules in eval mode. Afterwards all is as before.
 
     `batch`: a Window, or a collated batch that is cut by `micro_batch_size` (None: it is one micro-batch). Weights,
-    buffers, gradients, modes and random numbers are as they were. ValueError for an empty batch, for no trainable
-    parameter, and for DDP modules, whose hooks second derivatives do not pass.
+    buffers, gradients, modes and random numbers are as they were. `count`: as the Accumulator's. ValueError for an
+    empty batch, for no trainable parameter, for one in low precision, for layers that see several samples in eval mode
+    if there are several micro-batches, and for DDP modules, whose hooks second derivatives do not pass.
     """
     modules = [*modules_of(model), *([loss_fn] if isinstance(loss_fn, nn.Module) else [])]
     if method not in ("auto", "double-backward", "finite-differences"):
@@ -179,7 +231,23 @@ def hessian_of(
     with Stage(modules, loss_fn).copies() as parameters:
         for module in submodules(modules):
             module.training = False
-        yield Hessian(model, modules, loss_fn, window, parameters, method)
+        _refuse_unfit(modules, parameters, window)
+        yield Hessian(model, modules, loss_fn, window, parameters, method, count)
+
+
+def _refuse_unfit(modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter], window: Window) -> None:
+    for p in parameters:
+        if p.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"curvature needs float32 or float64, parameter {name_of(p, modules)!r} is {p.dtype}: its rounding "
+                "hides second derivatives. Measure a float32 copy: copy.deepcopy(model).float()"
+            )
+    layers = coupled_layers(modules)
+    if layers and len(window) > 1:
+        raise ValueError(
+            f"{layers[0]}, so the value would depend on the cut: give the batch as one micro-batch, or convert the "
+            "layer (macrobatch.batchnorm.convert)"
+        )
 
 
 def _window(batch: Nested, micro_batch_size: int | None) -> Window:

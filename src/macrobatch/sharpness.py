@@ -13,6 +13,7 @@ from macrobatch.batch import check_size
 from macrobatch.hessian import Method, hessian_of
 from macrobatch.lanczos import lanczos, random_vector
 from macrobatch.structure import Nested
+from macrobatch.tally import CountFn
 
 LossFn = Callable[[Any, Any], Any]
 Model = nn.Module | Sequence[nn.Module]
@@ -60,6 +61,7 @@ def sharpness(
     max_products: int = 30,
     tolerance: float = 1e-4,
     seed: int = 0,
+    count: CountFn | None = None,
 ) -> Sharpness:
     """The top eigenvalues of the Hessian over all of `batch`; model, gradients and random numbers are as before.
 
@@ -73,7 +75,7 @@ def sharpness(
         raise ValueError(
             f"{num_eigenvalues} eigenvalues need at least as many products, got max_products={max_products}"
         )
-    with hessian_of(model, loss_fn, batch, micro_batch_size=micro_batch_size, method=method) as hessian:
+    with hessian_of(model, loss_fn, batch, micro_batch_size=micro_batch_size, method=method, count=count) as hessian:
         n = len(hessian.zeros())
         if num_eigenvalues > n:
             raise ValueError(f"num_eigenvalues={num_eigenvalues}, but {n} trainable numbers have only {n} eigenvalues")
@@ -101,6 +103,7 @@ def hessian_trace(
     num_products: int = 30,
     method: Method = "auto",
     seed: int = 0,
+    count: CountFn | None = None,
 ) -> Trace:
     """The trace of the Hessian over all of `batch`, as the mean of z·Hz over random signs z: Hutchinson 1990.
 
@@ -109,7 +112,7 @@ def hessian_trace(
     _check_counts(num_products=num_products)
     if num_products < 2:
         raise ValueError("num_products=1 gives no standard error: at least 2 are needed")
-    with hessian_of(model, loss_fn, batch, micro_batch_size=micro_batch_size, method=method) as hessian:
+    with hessian_of(model, loss_fn, batch, micro_batch_size=micro_batch_size, method=method, count=count) as hessian:
         draws = []
         for j in range(num_products):
             z = random_vector(hessian.zeros(), seed=seed + j, signs=True)
@@ -119,7 +122,13 @@ def hessian_trace(
 
 
 def sam_sharpness(
-    model: Model, loss_fn: LossFn, batch: Nested, *, rho: float = 0.05, micro_batch_size: int | None = None
+    model: Model,
+    loss_fn: LossFn,
+    batch: Nested,
+    *,
+    rho: float = 0.05,
+    micro_batch_size: int | None = None,
+    count: CountFn | None = None,
 ) -> float:
     """How much the mean loss rises at distance `rho` in the direction of the gradient: Foret et al. 2021, eq. 2.
 
@@ -127,7 +136,9 @@ def sam_sharpness(
     a minimum at most rho^2 / 2 times the top eigenvalue. Three forwards, one backward; all else as for `sharpness`.
     """
     check_rho(rho)
-    with hessian_of(model, loss_fn, batch, micro_batch_size=micro_batch_size, method="finite-differences") as hessian:
+    with hessian_of(
+        model, loss_fn, batch, micro_batch_size=micro_batch_size, method="finite-differences", count=count
+    ) as hessian:
         gradient = hessian.gradient()
         length = torch.linalg.vector_norm(gradient, dtype=torch.float64)
         if length == 0:
