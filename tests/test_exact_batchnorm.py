@@ -1,7 +1,10 @@
 """Batch normalisation over a window in micro-batches is that of the full batch: gradients, statistics, no trace."""
 
 import copy
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -192,6 +195,11 @@ def test_autocast_modes_hooks_and_grad_mode_reach_every_forward() -> None:
     with torch.inference_mode():
         assert run_in_lockstep([lambda: torch.ones(1)], []).results[0].is_inference()
     assert seen == [(torch.bfloat16, False, True)] * 2
+
+
+def test_the_number_of_threads_for_operations_reaches_every_forward() -> None:
+    torch.set_num_threads(2)
+    assert run_in_lockstep([torch.get_num_threads, torch.get_num_threads], []).results == [2, 2]
 
 
 def test_autocast_gives_the_gradients_of_the_full_batch() -> None:
@@ -400,6 +408,20 @@ def test_an_exception_for_the_waiting_thread_ends_all_of_them() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run_in_lockstep([forward, interrupted, forward], [norm])
+    assert no_strand_is_alive()
+
+
+def test_ctrl_c_while_a_forward_runs_ends_all_of_them() -> None:
+    norm = nn.BatchNorm1d(3)
+
+    def forward(interrupts: bool) -> Tensor:
+        if interrupts:
+            os.kill(os.getpid(), signal.SIGINT)  # reaches the main thread, which waits for this one
+            time.sleep(0.2)
+        return norm(torch.randn(4, 3))
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in_lockstep([lambda j=j: forward(j == 1) for j in range(3)], [norm])
     assert no_strand_is_alive()
 
 

@@ -44,7 +44,7 @@ def moments_of(x: Tensor) -> Moments:
     exact = exact_dtype(x.device)
     pivot = x[0].to(wide).flatten(1).mean(1) if x.ndim > 2 else x[0].to(wide)
     shifted = x.to(wide) - per_channel(pivot, x)
-    if x.device.type in ("cpu", "cuda"):  # three times as fast as var_mean over all dimensions but one
+    if x.device.type == "cpu":  # four times as fast there as var_mean over all dimensions but one
         mean, variance = torch.batch_norm_update_stats(shifted, None, None, 0.0)
     else:
         variance, mean = torch.var_mean(shifted, _all_but_channels(x), correction=0)

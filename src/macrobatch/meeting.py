@@ -72,7 +72,8 @@ class MeetingPlace:
     def arrival(self, call: BatchNormCall, part: Part, token: Tensor) -> Arrival:
         """What a forward brings to the meeting."""
         counter = self._counter(call)
-        return Arrival(call, part, token, None if counter is None else counter.clone(), self.next_ranks)
+        ranks, self.next_ranks = self.next_ranks, None  # for this call; the forward will wait inside of it
+        return Arrival(call, part, token, None if counter is None else counter.clone(), ranks)
 
     def hold(self, present: Sequence[Any]) -> Sequence[Any]:
         """Each forward's answer, in order. `present`: what each brought, None for one that has ended.

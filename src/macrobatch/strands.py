@@ -5,6 +5,7 @@ grad mode, autocast, modes and hooks per thread: `Surroundings` carries them ove
 """
 
 import contextvars
+import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -86,7 +87,9 @@ class Strand(Generic[T]):
         self._error: BaseException | None = None
         self._answer: Any = None
         self._is_abandoned = False
-        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._go: queue.SimpleQueue[None] = queue.SimpleQueue()  # whose turn it is: an interrupt cannot break these
+        self._back: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._end = threading.Event()
         run = contextvars.copy_context().run
         self._thread = threading.Thread(target=run, args=(self._main,), name="macrobatch strand", daemon=True)
         self._has_started = False
@@ -95,30 +98,38 @@ class Strand(Generic[T]):
         """The function has run on, until it met or ended; what it raised is raised here."""
         self._answer = answer
         if self._has_started:
-            self._go.release()
+            self._go.put(None)
         else:
-            self._thread.start()
-            self._has_started = True
-        self._back.acquire()
+            self._start()
+        self._back.get()
         if self.has_ended:
             self._thread.join()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
+    def _start(self) -> None:
+        self._has_started = True  # from here on, even if Ctrl-C comes before `start` returns
+        try:
+            self._thread.start()
+        except RuntimeError:  # the system has no more threads
+            self._has_started = False
+            raise
+
     def abandon(self) -> None:
         """The thread has ended; a function that waits gets `Abandoned`, and what it still held is let go."""
-        if self._has_started and self._thread.is_alive():
+        if self._has_started:
             self._is_abandoned = True
-            self._go.release()
+            self._go.put(None)
+            self._end.wait()
             self._thread.join()
         self._error = self._answer = self.request = None
 
     def _meet(self, request: Any) -> Any:
         self.request = request
         del request
-        self._back.release()
-        self._go.acquire()
+        self._back.put(None)
+        self._go.get()
         if self._is_abandoned:
             raise Abandoned
         answer, self._answer = self._answer, None
@@ -135,7 +146,8 @@ class Strand(Generic[T]):
         finally:
             del function
             self.has_ended = True
-            self._back.release()
+            self._back.put(None)
+            self._end.set()
 
 
 @contextmanager
