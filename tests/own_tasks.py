@@ -1,6 +1,7 @@
 """Small tasks of one's own for the tests of the command line: `--task own_tasks:line`."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,6 +52,23 @@ class Slow(list[Pair]):
     def __getitem__(self, index: Any) -> Any:
         time.sleep(self.seconds)
         return super().__getitem__(index)
+
+
+class Halving(torch.optim.Optimizer):
+    """An optimizer of one's own, for which there is no scaling rule: it halves the weights."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 1.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure here
+        for group in self.param_groups:
+            for p in group["params"]:
+                p *= 0.5
+
+
+def own_optimizer() -> Task:
+    return replace(line(), make_optimizer=lambda model, lr: Halving(model.parameters()))
 
 
 def broken() -> Task:

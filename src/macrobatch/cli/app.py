@@ -199,14 +199,16 @@ def compare(
     lr: LearningRate = None,
     samples: Samples = 8192,
     draws: Annotated[int, _count(64, "Gradients drawn to measure their variance.")] = 64,
+    sharpness: Annotated[int, _count(0, "Training samples that the sharpness at the end is over; 0: none.")] = 32,
+    seeds: Annotated[int, _count(1, "Repeat with so many seeds, for intervals.")] = 1,
     device: DeviceName = "auto",
     threads: Threads = None,
     seed: Seed = 0,
     output: Output = None,
 ) -> None:
-    """Small batch, accumulation and native large batch on the same samples, side by side in one report."""
-    from macrobatch.cli.compare import CompareOptions
+    """Small batch, accumulation, native large batch and a scaled learning rate on the same samples, in one report."""
     from macrobatch.cli.compare import compare as compare_ways
+    from macrobatch.cli.comparer import CompareOptions
 
     options = CompareOptions(
         batch_size=batch_size,
@@ -215,11 +217,13 @@ def compare(
         learning_rate=lr,
         samples=samples or 8192,
         draws=draws,
+        sharpness_samples=sharpness,
+        seeds=seeds,
         device=device,
         seed=seed,
     )
     with _command(output or Path("runs") / f"compare-{_folder_name(task)}", threads) as (console, folder):
-        compare_ways(load_task(task, seed=seed, **dict(task_option or [])), options, folder, console)
+        compare_ways(lambda each: load_task(task, seed=each, **dict(task_option or [])), options, folder, console)
 
 
 @app.command()

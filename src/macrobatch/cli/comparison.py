@@ -1,4 +1,4 @@
-"""What `macrobatch compare` measures, as values: three ways through the same samples, and everything known of each."""
+"""What `macrobatch compare` measures, as values: the ways through the same samples, and everything known of each."""
 
 import math
 import statistics
@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from macrobatch.cli.scaled_rate import RateScaling
 from macrobatch.cli.validation import Validation
+from macrobatch.sharpness import Sharpness
 
-Key = Literal["small", "accumulated", "native"]
+Key = Literal["small", "accumulated", "native", "scaled"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ def three_ways(batch_size: int, micro_batch_size: int) -> tuple[Way, Way, Way]:
         Way("accumulated", "accumulation", batch_size, micro_batch_size),
         Way("native", "native large batch", batch_size, batch_size),
     )
+
+
+def scaled_way(batch_size: int, micro_batch_size: int) -> Way:
+    """Accumulation once more, at a learning rate that is scaled for its update."""
+    return Way("scaled", "accumulated, lr scaled", batch_size, micro_batch_size)
 
 
 @dataclass(frozen=True)
@@ -52,10 +59,21 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class NoisePoint:
+    """The gradient noise scale after `samples` of a run, and its 95% interval, in samples."""
+
+    samples: int
+    noise_scale: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Course:
     """The training of one way. Curves are pairs of samples seen and loss; seconds are of computing, without loading.
 
-    `window_seconds` and `window_samples`: per effective batch, whatever number of updates it was for this way.
+    `window_seconds` and `window_samples`: per effective batch, whatever number of updates it was for this way. `noise`:
+    the gradient noise scale along the way, where it was watched.
     """
 
     losses: Sequence[tuple[int, float]]
@@ -65,6 +83,7 @@ class Course:
     window_seconds: Sequence[float]
     window_samples: Sequence[int]
     skipped: int
+    noise: Sequence[NoisePoint] = ()
 
     @property
     def seconds_per_update(self) -> float:
@@ -80,12 +99,22 @@ class Course:
 
 @dataclass(frozen=True)
 class Result:
-    """One way, measured; without `course` and `variance` where it does not fit."""
+    """One way, measured; without `course`, `variance` and `sharpness` where it does not fit, or was not asked for."""
 
     way: Way
     memory: Memory
     course: Course | None = None
     variance: Estimate | None = None
+    sharpness: Sharpness | None = None
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """The end of the ways at one more seed: validation loss and sharpness of each that was run."""
+
+    seed: int
+    losses: Mapping[Key, float]
+    sharpness: Mapping[Key, float]
 
 
 @dataclass(frozen=True)
@@ -95,7 +124,9 @@ class Comparison:
     `variances`: update size to the trace of the covariance of an update's gradient at common parameters.
     `gradient_squared`: the squared norm of the mean gradient there, without bias. `gradient_difference`: the largest
     relative difference between accumulated and native gradient of the same samples; None where not measured.
-    `noisy_layers`: modules whose result depends on how a batch is cut (BatchNorm), or is random (dropout).
+    `noisy_layers`: modules whose result depends on how a batch is cut (BatchNorm), or is random (dropout). `scaling`:
+    what the fourth way's rate was; None where there is none, `not_scaled` says why. `sharpness_samples`: that the
+    Hessian is over. `repeats`: the other seeds.
     """
 
     task: str
@@ -115,6 +146,22 @@ class Comparison:
     gradient_squared: Estimate
     gradient_difference: float | None
     noisy_layers: Sequence[str]
+    scaling: RateScaling | None = None
+    not_scaled: str = ""
+    sharpness_samples: int = 0
+    repeats: Sequence[Repeat] = ()
+
+    def losses(self, key: Key) -> list[float]:
+        """The validation loss at the end of a way, at every seed that it was run with."""
+        course = self.results[key].course if key in self.results else None
+        mine = [] if course is None else [course.final.loss]
+        return mine + [repeat.losses[key] for repeat in self.repeats if key in repeat.losses]
+
+    def sharpnesses(self, key: Key) -> list[float]:
+        """The top eigenvalue of the Hessian at the end of a way, at every seed at which it was measured."""
+        found = self.results[key].sharpness if key in self.results else None
+        mine = [] if found is None else [found.top]
+        return mine + [repeat.sharpness[key] for repeat in self.repeats if key in repeat.sharpness]
 
     def expected_variance_ratio(self, size: int, base: int) -> float:
         """Variance at `size` over that at `base`, drawn without replacement from N: (1/size - 1/N) / (1/base - 1/N)."""

@@ -166,7 +166,8 @@ class GradientMeter:
     """Draws effective batches and takes their gradient at the parameters of `model`, which stay as they are.
 
     Each draw is a random subset of the training data, without replacement, and independent of the other draws. Smaller
-    updates take its first samples; the native batch takes all of it, so that it and accumulation see the same.
+    updates take its first samples, and each size goes on from the one before: the gradient of an effective batch is the
+    mean of its parts' by their loss weights. The native batch takes all in one piece, so that both see the same.
     """
 
     def __init__(
@@ -182,12 +183,16 @@ class GradientMeter:
     def draw(self, indices: Sequence[int]) -> None:
         """One more draw: the samples at `indices`."""
         samples = take(self._task.train, indices)
-        vector = torch.empty(0)
+        vector, weight, start = torch.zeros(()), 0.0, 0
         for size, variance in self._by_size.items():
-            vector = self._gradient(samples[:size], self._micro_batch_size)
+            part, part_weight = self._gradient(samples[start:size], self._micro_batch_size)
+            weight += part_weight
+            share = part_weight / weight if weight else 1.0
+            vector = vector + share * (part - vector)
             variance.add(vector)
+            start = size
         if self._native is not None:
-            in_one_piece = self._gradient(samples, len(samples))
+            in_one_piece, _ = self._gradient(samples, len(samples))
             self._native.add(in_one_piece)
             difference = float(torch.linalg.vector_norm(vector - in_one_piece) / torch.linalg.vector_norm(in_one_piece))
             self._largest_difference = max(self._largest_difference, difference)
@@ -202,12 +207,13 @@ class GradientMeter:
             largest_difference=None if self._native is None else self._largest_difference,
         )
 
-    def _gradient(self, samples: Sequence[Any], micro_batch_size: int) -> Tensor:
-        self._accumulator.run(window_of(self._task, samples, micro_batch_size))
+    def _gradient(self, samples: Sequence[Any], micro_batch_size: int) -> tuple[Tensor, float]:
+        """The gradient of the mean loss over the samples, shape (P,), and the loss weight that it is a mean over."""
+        report = self._accumulator.run(window_of(self._task, samples, micro_batch_size))
         parts = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in self._parameters]
         for p in self._parameters:
             p.grad = None
-        return torch.cat(parts)
+        return torch.cat(parts), float(torch.as_tensor(report.loss_weight))
 
 
 def sizes_between(smallest: int, largest: int) -> list[int]:

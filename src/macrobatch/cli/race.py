@@ -4,13 +4,16 @@ import copy
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from macrobatch import Accumulator, Window, apply_update
-from macrobatch.cli.comparison import Course, Way
+from macrobatch import Accumulator, GradientNoiseScale, Window, apply_update
+from macrobatch.cli.comparison import Course, NoisePoint, Way
 from macrobatch.cli.measure import window_of
 from macrobatch.cli.sampling import UpdateIndices, take
 from macrobatch.cli.validation import Validation, validate
@@ -18,13 +21,29 @@ from macrobatch.tasks import Task
 
 
 class Racer:
-    """One way in training: its own copy of the model and optimizer, and what was seen on the way."""
+    """One way in training: its own copy of the model and optimizer, and what was seen on the way.
 
-    def __init__(self, task: Task, way: Way, learning_rate: float, device: torch.device) -> None:
+    `prepare`, if given, sets the new optimizer, and what it returns is stepped after each update that was applied.
+    `noise`, if given, watches every update; it needs several micro-batches in the first one.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        way: Way,
+        learning_rate: float,
+        device: torch.device,
+        prepare: Callable[[Optimizer], LRScheduler] | None = None,
+        noise: GradientNoiseScale | None = None,
+    ) -> None:
         self.way, self.task = way, task
         self.model = copy.deepcopy(task.model).to(device)
         self._optimizer = task.make_optimizer(self.model, learning_rate)
-        self._accumulator = Accumulator(self.model, task.loss_fn, batch_norm="micro_batch")
+        self._scheduler = None if prepare is None else prepare(self._optimizer)
+        self._noise, self._noise_points = noise, list[NoisePoint]()
+        self._accumulator = Accumulator(
+            self.model, task.loss_fn, batch_norm="micro_batch", measure=None if noise is None else "norms"
+        )
         self._seen = self._skipped = 0
         self._losses: list[tuple[int, float]] = []
         self._validation_losses: list[tuple[int, float]] = []
@@ -50,13 +69,24 @@ class Racer:
         task = self.task if with_metrics else replace(self.task, metrics={})
         self._final = validate(self.model, task, micro_batches)
         self._validation_losses.append((self._seen, self._final.loss))
+        self._read_noise()
+
+    def _read_noise(self) -> None:
+        if self._noise is not None and self._seen:
+            with suppress(ValueError):  # no update was finite yet
+                found = self._noise.estimate()
+                self._noise_points.append(NoisePoint(self._seen, found.noise_scale, found.low, found.high))
 
     def _update(self, window: Window) -> float:
         started = time.perf_counter()
         report = self._accumulator.run(window)
         update = apply_update(self._optimizer, report)
+        if update.applied and self._scheduler is not None:
+            self._scheduler.step()
         loss = float(report.loss)  # waits for a GPU: the time ends with the update
         seconds = time.perf_counter() - started
+        if self._noise is not None:
+            self._noise.observe(report)
         self._skipped += not update.applied
         self._seen += report.num_samples
         self._losses.append((self._seen, loss))
@@ -72,6 +102,7 @@ class Racer:
             window_seconds=self._window_seconds,
             window_samples=self._window_samples,
             skipped=self._skipped,
+            noise=self._noise_points,
         )
 
 

@@ -1,17 +1,21 @@
 """A comparison as a table on the terminal and as one HTML page that needs nothing else."""
 
+import math
 from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
 
 import jinja2
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import macrobatch
-from macrobatch.cli.comparison import Comparison, Course, Result
-from macrobatch.cli.figures import PLOTS, inline_svg
+from macrobatch.batch_tradeoff import in_samples
+from macrobatch.cli.comparison import Comparison, Course, Key, Result
+from macrobatch.cli.figures import inline_svg, plots_of
+from macrobatch.cli.finding import Finding, is_clear
 from macrobatch.cli.formats import NONE, bytes_text, number_text, seconds_text, with_error
-from macrobatch.cli.words import Finding
+from macrobatch.cli.seeds import interval_of
 
 Row = tuple[str, Callable[[Comparison, Result], str]]
 
@@ -36,7 +40,34 @@ def _variance(_: Comparison, result: Result) -> str:
 def _expected_variance(comparison: Comparison, result: Result) -> str:
     base = comparison.micro_batch_size
     expected = comparison.expected_variance_ratio(result.way.update_size, base) * comparison.variances[base].value
-    return NONE if result.way.update_size == base else number_text(expected)
+    return NONE if result.way.update_size == base or result.way.key == "scaled" else number_text(expected)
+
+
+def _learning_rate(comparison: Comparison, result: Result) -> str:
+    factor = comparison.scaling.lr_factor if comparison.scaling is not None and result.way.key == "scaled" else 1.0
+    return f"{factor * comparison.learning_rate:.3g}"
+
+
+def _noise_scale(comparison: Comparison, result: Result) -> str:
+    """Its 95% interval: by draws where accumulation ended, by windows in the run with the scaled rate."""
+    if result.way.key == "accumulated" and is_clear(comparison.gradient_squared):
+        scale = comparison.noise_scale
+        return _between(scale.value - 2 * scale.standard_error, scale.value + 2 * scale.standard_error)
+    if result.course is None or not result.course.noise:
+        return NONE
+    return _between(result.course.noise[-1].low, result.course.noise[-1].high)
+
+
+def _between(low: float, high: float) -> str:
+    return f"{in_samples(low)} to {in_samples(high)}" if math.isfinite(high) else f"over {in_samples(low)}"
+
+
+def _over_seeds(values: Callable[[Comparison, Key], list[float]]) -> Callable[[Comparison, Result], str]:
+    def text(comparison: Comparison, result: Result) -> str:
+        found = values(comparison, result.way.key)
+        return str(interval_of(found)) if len(found) > 1 else NONE
+
+    return text
 
 
 def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
@@ -44,6 +75,7 @@ def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
     table: list[Row] = [
         ("samples per update", lambda _, result: str(result.way.update_size)),
         ("samples at once", lambda _, result: str(result.way.micro_batch_size)),
+        ("learning rate", _learning_rate),
         ("predicted peak", lambda _, result: bytes_text(result.memory.predicted_bytes)),
         ("peak memory", _memory),
         ("updates", _of_course(lambda course: f"{len(course.update_seconds):,}")),
@@ -51,9 +83,16 @@ def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
         ("samples per second", _of_course(lambda course: f"{course.samples_per_second:,.0f}")),
         ("gradient variance", _variance),
         ("expected by 1/B", _expected_variance),
+        ("noise scale, 95%", _noise_scale),
         ("validation loss", _of_course(lambda course: f"{course.final.loss:.4f}")),
     ]
     table += [(name, _of_course(_metric(name))) for name in _metric_names(comparison)]
+    if comparison.sharpness_samples:
+        table.append(("sharpness", lambda _, result: number_text(result.sharpness.top if result.sharpness else None)))
+    if comparison.repeats:
+        seeds = f"{1 + len(comparison.repeats)} seeds, 95%"
+        table.append((f"loss, {seeds}", _over_seeds(Comparison.losses)))
+        table.append((f"sharpness, {seeds}", _over_seeds(Comparison.sharpnesses)))
     if any(result.course and result.course.skipped for result in comparison.results.values()):
         table.append(("updates skipped", _of_course(lambda course: str(course.skipped))))
     return [(label, [text(comparison, result) for result in comparison.results.values()]) for label, text in table]
@@ -70,10 +109,8 @@ def _metric_names(comparison: Comparison) -> Sequence[str]:
 
 def terminal_table(comparison: Comparison) -> Table:
     """The rows as a table for the terminal."""
-    table = Table(
-        title=f"{comparison.task}: {comparison.samples:,} samples, learning rate {comparison.learning_rate:.3g}"
-    )
-    table.add_column("")
+    table = Table(title=f"{comparison.task}: {comparison.samples:,} samples", box=SIMPLE_HEAD, padding=0)
+    table.add_column("", no_wrap=True)
     for result in comparison.results.values():
         table.add_column(result.way.name, justify="right")
     for label, values in rows(comparison):
@@ -92,7 +129,7 @@ def page(comparison: Comparison, findings: Sequence[Finding]) -> str:
         "findings": findings,
         "names": [(key, result.way.name) for key, result in comparison.results.items()],
         "rows": rows(comparison),
-        "figures": [(plot.caption, inline_svg(plot, comparison)) for plot in PLOTS],
+        "figures": [(plot.caption, inline_svg(plot, comparison)) for plot in plots_of(comparison)],
         "budget": None if comparison.max_memory is None else bytes_text(comparison.max_memory),
         "version": macrobatch.__version__,
     }

@@ -1,39 +1,26 @@
 """The reading of a comparison in words, every one of them drawn from the numbers and their uncertainty."""
 
-from dataclasses import dataclass
-
-from macrobatch.cli.comparison import Comparison, Course, Estimate, paired_difference, ratio_of, time_ratio
+from macrobatch.cli.comparison import Comparison, Estimate, ratio_of, time_ratio
+from macrobatch.cli.finding import CLEAR, Finding, course_of, is_clear, loss_difference
 from macrobatch.cli.formats import bytes_text, number_text, seconds_text, with_error
+from macrobatch.cli.scale_words import noise, scaled_rate, sharpness
 
-CLEAR = 3.0  # standard errors beyond which a difference is taken for real
 EQUAL_LOSS = 0.01  # validation losses closer than this are called equal
 EQUAL_TIME = 0.03  # time ratios closer to one than this are called equal, if they are known as closely
 WIDE = 0.15  # a time ratio whose uncertainty is larger, relative to it, says nothing
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A sentence to remember, and the numbers behind it."""
-
-    title: str
-    text: str
-
-
 def findings(comparison: Comparison) -> list[Finding]:
-    """What the comparison says: accumulation and native, what it buys, why, the small batch, and speed."""
-    parts = [equality(comparison), memory(comparison), variance(comparison), small_batch(comparison), speed(comparison)]
+    """What the comparison says: accumulation and native, what it buys, why, the learning rate, minima, and speed."""
+    parts = [equality(comparison), memory(comparison), variance(comparison), small_batch(comparison)]
+    parts += [scaled_rate(comparison), noise(comparison), sharpness(comparison), speed(comparison)]
     return [part for part in parts if part is not None]
-
-
-def is_clear(estimate: Estimate, against: float = 0.0) -> bool:
-    """Whether a value lies further from `against` than its uncertainty explains."""
-    return abs(estimate.value - against) > CLEAR * estimate.standard_error
 
 
 # ------------------------------------------------------------------------------------------------ accumulation
 def equality(comparison: Comparison) -> Finding | None:
     """Whether accumulation and the native large batch learned the same."""
-    accumulated, native = _course(comparison, "accumulated"), _course(comparison, "native")
+    accumulated, native = course_of(comparison, "accumulated"), course_of(comparison, "native")
     if native is None or accumulated is None:
         return None
     difference = accumulated.final.loss - native.final.loss
@@ -106,8 +93,8 @@ def _predictions(comparison: Comparison) -> str:
     said = [
         f"{bytes_text(memory.predicted_bytes)} for {result.way.name}, measured "
         + (bytes_text(memory.peak_bytes) if memory.fits else "nothing, it does not fit")
-        for result in comparison.results.values()
-        if (memory := result.memory).predicted_bytes is not None and result.way.key != "small"
+        for key, result in comparison.results.items()
+        if (memory := result.memory).predicted_bytes is not None and key in ("accumulated", "native")
     ]
     return f" Predicted before anything ran: {'; '.join(said)}." if said else ""
 
@@ -115,48 +102,29 @@ def _predictions(comparison: Comparison) -> str:
 # ------------------------------------------------------------------------------------------------ small batch
 def small_batch(comparison: Comparison) -> Finding | None:
     """Whether the small batch learned faster from the same samples, and why."""
-    small, large = _course(comparison, "small"), _course(comparison, "accumulated")
+    small, large = course_of(comparison, "small"), course_of(comparison, "accumulated")
     if small is None or large is None:
         return None
-    difference = paired_difference(small.final, large.final)
+    difference = loss_difference(comparison, "small", "accumulated")
     at_equal_updates = dict(small.validation_losses).get(len(large.update_seconds) * comparison.micro_batch_size)
     losses = (
         f"Validation loss {small.final.loss:.3f} against {large.final.loss:.3f} after the same {comparison.samples:,} "
-        f"samples at the same learning rate {comparison.learning_rate:.3g} "
-        f"(difference {with_error(difference.value, difference.standard_error)}; one seed). "
+        f"samples at the same learning rate {comparison.learning_rate:.3g} (difference {difference.text}). "
     )
     updates = f"It made {len(small.update_seconds):,} updates where the large batch made {len(large.update_seconds):,}"
-    if not is_clear(difference):
+    if difference.sign == 0:
         title = "Small and large batch learned alike from the same samples"
-        return Finding(title, f"{losses}{updates}, and neither is clearly ahead. {_worth(comparison)}")
-    if difference.value < 0:
+        return Finding(title, f"{losses}{updates}, and neither is clearly ahead.")
+    if difference.sign < 0:
         title = "From the same samples at the same learning rate, the small batch learned faster"
         after = (
             ""
             if at_equal_updates is None
             else f" (after its first {len(large.update_seconds):,} it stood at {at_equal_updates:.3f})"
         )
-        return Finding(title, f"{losses}{updates}{after}. {_worth(comparison)}{_advice(comparison)}")
+        return Finding(title, f"{losses}{updates}{after}. {_advice(comparison)}")
     title = "From the same samples at the same learning rate, the large batch learned better"
-    reason = ", which suggests that this learning rate is large for its noise. "
-    return Finding(title, losses + updates + reason + _worth(comparison))
-
-
-def _worth(comparison: Comparison) -> str:
-    """What the gradient noise scale suggests that an update of the large batch is worth in updates of the small one."""
-    scale, small, large = comparison.noise_scale, comparison.micro_batch_size, comparison.batch_size
-    if comparison.gradient_squared.value <= 0 or not is_clear(comparison.gradient_squared):
-        return (
-            f"The mean gradient is lost in the noise of {comparison.draws} draws of {large} samples, so the gradient "
-            "noise scale is not known. "
-        )
-    gain = (large / small) * (scale.value + small) / (scale.value + large)  # Johnson et al. 2020; docs/glossary.md
-    return (
-        "The gradient noise scale, the batch size at which noise and gradient are equally large, is "
-        f"{with_error(scale.value, scale.standard_error)} samples where accumulation ended. This suggests that there "
-        f"one update of {large}, each with its best learning rate, is worth about {gain:.1f} updates of {small}, at "
-        f"the cost of {large / small:.3g}. "
-    )
+    return Finding(title, f"{losses}{updates}, which suggests that this learning rate is large for its noise.")
 
 
 def _advice(comparison: Comparison) -> str:
@@ -204,8 +172,8 @@ def _why_not_one_over(comparison: Comparison) -> str:
 
 def speed(comparison: Comparison) -> Finding | None:
     """Samples per second, and what a piece costs."""
-    small, accumulated = _course(comparison, "small"), _course(comparison, "accumulated")
-    native = _course(comparison, "native")
+    small, accumulated = course_of(comparison, "small"), course_of(comparison, "accumulated")
+    native = course_of(comparison, "native")
     if small is None or accumulated is None:
         return None
     rates = f"{accumulated.samples_per_second:,.0f} samples per second by accumulation"
@@ -241,7 +209,3 @@ def _speed_finding(paired: Estimate, of_medians: float, text: str) -> Finding:
         f"{text} Speeds in the table and the figures are no more certain than that; "
         "other programs at work, or too few samples, make them so.",
     )
-
-
-def _course(comparison: Comparison, key: str) -> Course | None:
-    return next((result.course for name, result in comparison.results.items() if name == key), None)

@@ -1,0 +1,55 @@
+"""What a comparison says as a value, and when a difference is taken for real."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from macrobatch.cli.comparison import Comparison, Course, Estimate, Key, paired_difference
+from macrobatch.cli.formats import with_error
+from macrobatch.cli.seeds import interval_of
+
+CLEAR = 3.0  # standard errors beyond which a difference is taken for real
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence to remember, and the numbers behind it."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference in words, and whether it is real: `sign` is -1 or 1 if so, else 0."""
+
+    sign: int
+    text: str
+
+
+def is_clear(estimate: Estimate, against: float = 0.0) -> bool:
+    """Whether a value lies further from `against` than its uncertainty explains."""
+    return abs(estimate.value - against) > CLEAR * estimate.standard_error
+
+
+def course_of(comparison: Comparison, key: Key) -> Course | None:
+    """The training of a way; None where it was not trained."""
+    return comparison.results[key].course if key in comparison.results else None
+
+
+def loss_difference(comparison: Comparison, one: Key, other: Key) -> Difference:
+    """The validation loss of `one` less that of `other`: by pairs over seeds, or of one seed over held-out samples."""
+    if comparison.repeats:
+        return seed_difference(comparison.losses(one), comparison.losses(other))
+    courses = course_of(comparison, one), course_of(comparison, other)
+    if courses[0] is None or courses[1] is None:
+        return Difference(0, "not known")
+    found = paired_difference(courses[0].final, courses[1].final)
+    sign = (1 if found.value > 0 else -1) if is_clear(found) else 0
+    return Difference(sign, f"{with_error(found.value, found.standard_error)}; one seed")
+
+
+def seed_difference(ones: Sequence[float], others: Sequence[float]) -> Difference:
+    """The mean difference by pairs of the same seed; real where its 95% interval leaves out zero."""
+    found = interval_of([one - other for one, other in zip(ones, others, strict=True)])
+    sign = (1 if found.mean > 0 else -1) if abs(found.mean) > found.half else 0
+    return Difference(sign, f"{found}; {len(ones)} seeds, 95%")

@@ -1,0 +1,163 @@
+"""What the comparison says about the scaled rate, the gradient noise scale and sharpness, drawn from the numbers."""
+
+import math
+
+from macrobatch.batch_tradeoff import gain, in_samples
+from macrobatch.cli.comparison import Comparison, Key
+from macrobatch.cli.finding import Finding, course_of, is_clear, loss_difference, seed_difference
+from macrobatch.cli.formats import counted, number_text, with_error
+from macrobatch.cli.seeds import interval_of
+
+
+# ------------------------------------------------------------------------------------------------ the scaled rate
+def scaled_rate(comparison: Comparison) -> Finding | None:
+    """Whether the rate that the rule gives for the large batch helped in this run."""
+    scaling, scaled, unscaled = (
+        comparison.scaling,
+        course_of(comparison, "scaled"),
+        course_of(comparison, "accumulated"),
+    )
+    if scaling is None:
+        why = comparison.not_scaled
+        return Finding("The learning rate was not scaled", f"{why[:1].upper()}{why[1:]}.") if why else None
+    if scaled is None or unscaled is None:
+        return None
+    rates = (
+        f"The rule {scaling.rule} ({scaling.why}) takes lr {comparison.learning_rate:.3g} from updates of "
+        f"{scaling.from_batch_size} to {comparison.learning_rate * scaling.lr_factor:.3g} for {scaling.to_batch_size}; "
+        f"{counted(scaling.warmup_updates, 'update')} of warmup. "
+    )
+    caveats = "".join(f" Caution: {caveat}." for caveat in scaling.caveats)
+    if scaled.skipped or not all(map(math.isfinite, comparison.losses("scaled"))):
+        what = "its loss is not finite"
+        if scaled.skipped:
+            what = f"{counted(scaled.skipped, 'update')} had no finite gradient"
+        text = f"{rates}With it {what}; with the rate as it was the loss is {unscaled.final.loss:.3f}.{caveats}"
+        return Finding("At the scaled learning rate training broke down in this run", text)
+    difference = loss_difference(comparison, "scaled", "accumulated")
+    losses = (
+        f"From the same samples the validation loss is {scaled.final.loss:.3f} with it and {unscaled.final.loss:.3f} "
+        f"without (difference {difference.text}). "
+    )
+    title, reason = _verdict(comparison, difference.sign)
+    return Finding(title, f"{rates}{losses}{reason}{caveats}")
+
+
+def _verdict(comparison: Comparison, sign: int) -> tuple[str, str]:
+    where = "in this run" if not comparison.repeats else f"over {1 + len(comparison.repeats)} seeds"
+    if sign == 0:
+        return f"Scaling the learning rate made no clear difference {where}", (
+            "A rule is a first guess: try half and twice its rate."
+        )
+    if sign > 0:
+        return f"Scaling the learning rate did not help {where}: it made the loss higher", (
+            "The rate was near its largest useful value already, or gradients are less noisy than the rule assumes. A "
+            "rule is a first guess: try rates in between."
+        )
+    behind = loss_difference(comparison, "scaled", "small")
+    catches_up = {
+        1: "It does not catch up with the small batch, which made more updates. ",
+        0: "With it the large batch learned as well as the small one, in fewer updates. ",
+        -1: "With it the large batch learned better than the small one. ",
+    }[behind.sign]
+    return f"Scaling the learning rate helped {where}", (
+        f"{catches_up}That says that the rate was too small for the large batch, not that the rule's is the best: try "
+        "half and twice."
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the noise scale
+def noise(comparison: Comparison) -> Finding:
+    """The gradient noise scale at the end and along the way, and what it says about the batch size."""
+    scale, small, large = comparison.noise_scale, comparison.micro_batch_size, comparison.batch_size
+    along = _along_the_way(comparison)
+    if comparison.gradient_squared.value <= 0 or not is_clear(comparison.gradient_squared):
+        return Finding(
+            "The gradient noise scale is not known",
+            f"The mean gradient is lost in the noise of {comparison.draws} draws of {large} samples. {along}",
+        )
+    low, high = scale.value - 2 * scale.standard_error, scale.value + 2 * scale.standard_error
+    if low > large:
+        title = f"Gradients are mostly noise, even of {large} samples"
+    elif high < small:
+        title = f"Gradients are mostly signal, even of {small} samples: a larger batch hardly pays"
+    elif high < large:
+        title = f"A batch of {large} is larger than the gradient noise scale: its last samples add less than its first"
+    else:
+        title = f"The noise scale is about the batch size of {large}"
+    worth = gain(scale.value, small, large)
+    return Finding(
+        title,
+        "The gradient noise scale, the batch size at which noise and gradient are equally large, is "
+        f"{with_error(scale.value, scale.standard_error)} samples where accumulation ended. This "
+        f"suggests that there one update of {large}, each with its best learning rate, is worth about {worth:.1f} "
+        f"updates of {small}, at the cost of {large / small:.3g}. {along}It is no absolute critical batch size: read "
+        "its trend, and the losses.",
+    )
+
+
+def _along_the_way(comparison: Comparison) -> str:
+    scaled = course_of(comparison, "scaled")
+    known = [point for point in scaled.noise if math.isfinite(point.high)] if scaled is not None else []
+    if not known:
+        return ""
+    first, last = known[0], known[-1]
+    if first is last or (first.low <= last.high and last.low <= first.high):
+        trend = f"lies between {in_samples(last.low)} and {in_samples(last.high)} at the end (95%), with no clear trend"
+    else:
+        trend = (
+            f"{'rose' if last.low > first.high else 'fell'}: between {in_samples(first.low)} and "
+            f"{in_samples(first.high)} after {first.samples:,} samples, between {in_samples(last.low)} and "
+            f"{in_samples(last.high)} at the end (95%)"
+        )
+    return f"In the run with the scaled rate, by the micro-batches of its windows, it {trend}. "
+
+
+# ------------------------------------------------------------------------------------------------ sharpness
+SAYING = "Small batches are said to find flatter minima (Keskar et al. 2017)"
+
+
+def sharpness(comparison: Comparison) -> Finding | None:
+    """Which run ended in the flatter place, if the seeds are enough to say so."""
+    measured: dict[Key, list[float]] = {key: comparison.sharpnesses(key) for key in comparison.results}
+    small, large = measured["small"], measured["accumulated"]
+    if not small or not large:
+        return None
+    values = ", ".join(
+        f"{interval_of(found) if len(found) > 1 else number_text(found[0])} ({comparison.results[key].way.name})"
+        for key, found in measured.items()
+        if found and len(found) == len(small)
+    )
+    what = (
+        f"The largest eigenvalue of the Hessian of the training loss, over {comparison.sharpness_samples} samples in "
+        f"evaluation mode, is at the end {values}"
+    )
+    levels = (
+        f" The runs have not come equally far (validation losses {_mean_loss(comparison, 'small')} and "
+        f"{_mean_loss(comparison, 'accumulated')}), and how sharp a place is changes along the way."
+    )
+    if len(small) < 2 or len(small) != len(large):
+        lower = "a lower" if small[0] < large[0] else "a higher"
+        return Finding(
+            "Whether small batches find flatter minima, one run of each does not say",
+            f"{SAYING}; here the small batch ended at {lower} sharpness than accumulation, once. {what}.{levels} With "
+            "--seeds 3 there are intervals.",
+        )
+    difference = seed_difference(small, large)
+    n = len(small)
+    title = {
+        -1: f"Over {n} seeds the small batch ended in a flatter place than the large one",
+        0: f"Over {n} seeds small and large batch ended in places that are not clearly of another sharpness",
+        1: f"Over {n} seeds the small batch ended in a sharper place than the large one",
+    }[difference.sign]
+    here = {
+        -1: "here they did, at the same samples and the same learning rate",
+        0: "here that cannot be told",
+        1: "here it is the other way around",
+    }[difference.sign]
+    return Finding(title, f"{SAYING}; {here} (small less large: {difference.text}). {what} (95%).{levels}")
+
+
+def _mean_loss(comparison: Comparison, key: Key) -> str:
+    values = comparison.losses(key)
+    return f"{sum(values) / len(values):.3f}"
