@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from macrobatch.cli import setup
 from macrobatch.cli.errors import short_errors
+from macrobatch.cli.guard import Guarding
 from macrobatch.cli.runfiles import new_folder
 from macrobatch.memory import parse_bytes
 from macrobatch.scaling_rules import RuleName
@@ -132,6 +133,8 @@ Epochs = Annotated[int | None, _count(1, "Passes over the data.  [1]")]
 MaxNorm = Annotated[
     float | None, typer.Option(parser=_above_zero, metavar="NORM", help="Clip the gradient of the update to this.")
 ]
+SpikeGuarding = Annotated[Guarding, _choice(Guarding, "What becomes of an update whose loss or gradient is a spike.")]
+SnapshotEvery = Annotated[int | None, _count(1, "Updates between snapshots to roll back to.  [50]")]
 
 
 @app.command()
@@ -151,6 +154,8 @@ def train(
     epochs: Epochs = None,
     samples: Samples = None,
     max_norm: MaxNorm = None,
+    spike_guard: SpikeGuarding = "off",
+    snapshot_every: SnapshotEvery = None,
     precision: PrecisionName = "fp32",
     device: DeviceName = "auto",
     threads: Threads = None,
@@ -176,6 +181,8 @@ def train(
         epochs=epochs,
         samples=samples,
         max_norm=max_norm,
+        spike_guard=spike_guard,
+        snapshot_every=snapshot_every,
         precision=precision,
         device=device,
         seed=seed,

@@ -1,17 +1,9 @@
-"""`macrobatch noise --branched`: the critical batch measured by training on from one point at several batch sizes.
-
-Merrill et al. 2025 (2505.23971): from a checkpoint, branches with the batch k B and the rate f(k) eta, f = k for SGD and
-sqrt(k) for Adam, see the same number of samples; L_k is the smoothed loss at the end, and k* the largest k with
-L_k <= L_j + tolerance for all j < k. Theirs smooths over updates (EMA, alpha = 0.5). Here losses are first averaged over
-the samples of the largest batch, so that all branches are smoothed over the same samples; for the largest it is theirs.
-"""
+"""`macrobatch noise --branched`: training goes on, from where a run has come to, at several batch sizes; see `branches`."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,6 +15,8 @@ from macrobatch import Accumulator, apply_update
 from macrobatch.cli import setup
 from macrobatch.cli.branched_figure import save_branches
 from macrobatch.cli.branched_words import branch_table, branch_words
+from macrobatch.cli.branches import Branch, Branches, binned, entries, smoothed_end
+from macrobatch.cli.forecast import coupling_layer
 from macrobatch.cli.interrupt import CtrlC
 from macrobatch.cli.noise import noise
 from macrobatch.cli.progress import Progress, say
@@ -34,7 +28,6 @@ from macrobatch.cli.validation import validate, validation_batches
 from macrobatch.scaling_families import family_of
 from macrobatch.scaling_rules import RuleName
 
-ALPHA = 0.5
 UPDATES_OF_LARGEST = 8
 MOST_VALIDATION_SAMPLES = 512
 
@@ -67,61 +60,6 @@ class BranchOptions:
         return cls(factors or (1, 2, 4, 8), samples, repeats or 3, tolerance or 0.01)
 
 
-@dataclass(frozen=True)
-class Branch:
-    """One batch size: each repeat's smoothed training loss at its end, and its validation loss.
-
-    `courses`: for each repeat the samples and the mean loss over the samples of the largest batch before them.
-    """
-
-    factor: int
-    batch_size: int
-    learning_rate: float
-    updates: int
-    losses: tuple[float, ...]
-    validation: tuple[float, ...]
-    courses: tuple[tuple[tuple[int, float], ...], ...]
-
-    @property
-    def loss(self) -> float:
-        """L_k: the mean over repeats."""
-        return fmean(self.losses)
-
-
-@dataclass(frozen=True)
-class Branches:
-    """All branches, by ascending batch size, from one point of training."""
-
-    branches: tuple[Branch, ...]
-    tolerance: float
-    samples: int
-    rule: str
-    at_samples: int
-    noise_scale: float | None
-
-    @property
-    def critical(self) -> Branch:
-        """The largest batch whose loss is within the tolerance of that of every smaller one."""
-        return max((each for each in self.branches if self.excess(each) <= self.tolerance), key=lambda b: b.factor)
-
-    def best_below(self, branch: Branch) -> Branch | None:
-        """The smaller batch with the lowest loss."""
-        return min((b for b in self.branches if b.factor < branch.factor), key=lambda b: b.loss, default=None)
-
-    def excess(self, branch: Branch) -> float:
-        """How much higher its loss is than the lowest of the smaller ones; 0 for the smallest."""
-        below = self.best_below(branch)
-        return 0.0 if below is None else branch.loss - below.loss
-
-    def error(self, branch: Branch) -> float | None:
-        """The standard error of `excess`, from the differences of repeats on the same samples; None for one repeat."""
-        below = self.best_below(branch)
-        if below is None or len(branch.losses) < 2:
-            return None
-        differences = [mine - theirs for mine, theirs in zip(branch.losses, below.losses, strict=True)]
-        return stdev(differences) / len(differences) ** 0.5
-
-
 def branched_run(run: Run, options: BranchOptions, folder: Path, console: Console) -> int:
     """The run has ended as in `noise`, and the critical batch at its end was measured; the exit code."""
     brancher = Brancher(run, options)  # complains before anything is trained
@@ -145,21 +83,6 @@ def branched_run(run: Run, options: BranchOptions, folder: Path, console: Consol
     return 0
 
 
-def entries(found: Branches, words: Sequence[str]) -> Mapping[str, Any]:
-    """Every number of the measurement."""
-    table = [
-        {**asdict(b), "loss": b.loss, "excess": found.excess(b), "standard_error": found.error(b)}
-        for b in found.branches
-    ]
-    return {
-        **{name: getattr(found, name) for name in ("tolerance", "samples", "rule", "at_samples", "noise_scale")},
-        "critical_factor": found.critical.factor,
-        "critical_batch_size": found.critical.batch_size,
-        "branches": table,
-        "words": list(words),
-    }
-
-
 class Brancher:
     """Trains on from where a run has come to, again and again. ValueError where the branches cannot be made."""
 
@@ -176,10 +99,12 @@ class Brancher:
         self.samples = -(-wanted // self.largest) * self.largest
         if self.samples > run.data_size:
             raise ValueError(
-                f"--branched takes {self.samples} samples, whole batches of {self.largest} ({options.factors[-1]} times "
-                f"{run.batch_size}), and {run.task.name} has {run.data_size}: give smaller --factors, --batch-size or "
-                "--branch-samples"
+                f"--branched takes {self.samples} samples, whole batches of {self.largest} ({options.factors[-1]} "
+                f"times {run.batch_size}), and {run.task.name} has {run.data_size}: give smaller --factors, "
+                "--batch-size or --branch-samples"
             )
+        is_free = coupling_layer(run.model) is None and run.max_memory is None  # the size changes nothing but the time
+        self.micro_batch_size = max(run.micro_batch_size, run.task.micro_batch_size if is_free else 1)
         self.rule = branch_rule(run.optimizer)
         trial = run.task.make_optimizer(run.model, run.learning_rate)
         rescale(trial, self.rule, from_batch_size=run.batch_size, to_batch_size=self.largest)
@@ -225,7 +150,7 @@ class Brancher:
         accumulator = Accumulator(
             run.model,
             run.task.loss_fn,
-            micro_batch_size=run.micro_batch_size,
+            micro_batch_size=self.micro_batch_size,
             batch_norm="micro_batch",
             autocast=run.autocast,
             scaler=scaler,
@@ -237,10 +162,9 @@ class Brancher:
                 report = accumulator.run(run.task.collate(take(run.task.train, indices)))
                 apply_update(optimizer, report, max_norm=run.options.max_norm)
                 losses.append(float(report.loss))
-                progress.advance(
-                    len(indices), f"batch {k * run.batch_size}, repeat {repeat + 1}  loss {losses[-1]:.4g}"
-                )
-        held_out = validation_batches(run.task, run.micro_batch_size, MOST_VALIDATION_SAMPLES)
+                status = f"batch {k * run.batch_size}, repeat {repeat + 1}  loss {losses[-1]:.4g}"
+                progress.advance(len(indices), status)
+        held_out = validation_batches(run.task, self.micro_batch_size, MOST_VALIDATION_SAMPLES)
         validation = validate(run.model, run.task, held_out, autocast=run.autocast).loss
         return _End(rate, tuple(binned(losses, self.options.factors[-1] // k, self.largest)), validation)
 
@@ -301,25 +225,3 @@ def branch_rule(optimizer: Optimizer) -> RuleName:
     if auto == "none":
         raise ValueError(f"--branched: no rule carries the rate of {type(optimizer).__name__} to another batch size")
     return "linear" if auto == "linear" else "invariant" if auto == "invariant" else "sqrt"
-
-
-def binned(losses: Sequence[float], per_bin: int, largest: int) -> list[tuple[int, float]]:
-    """The samples seen, and the mean loss of the `per_bin` updates of the last `largest` of them.
-
-    >>> binned([4.0, 2.0, 3.0, 1.0], 2, 64)
-    [(64, 3.0), (128, 2.0)]
-    """
-    starts = range(0, len(losses), per_bin)
-    return [((i + 1) * largest, fmean(losses[start : start + per_bin])) for i, start in enumerate(starts)]
-
-
-def smoothed_end(losses: Sequence[float]) -> float:
-    """The last value of the exponential average with alpha = 0.5, which begins with the first loss.
-
-    >>> smoothed_end([4.0, 2.0, 1.0])
-    2.0
-    """
-    average = losses[0]
-    for loss in losses[1:]:
-        average = ALPHA * loss + (1 - ALPHA) * average
-    return average

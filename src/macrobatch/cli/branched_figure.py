@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from macrobatch.cli.plots import STYLE, thousands
 
 if TYPE_CHECKING:
-    from macrobatch.cli.branched import Branches
+    from macrobatch.cli.branches import Branches
 
 INK, GREY, ORANGE = "#1b1f24", "#6e7781", "#d55e00"
 

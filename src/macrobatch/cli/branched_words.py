@@ -9,7 +9,7 @@ from macrobatch.batch_tradeoff import in_samples
 from macrobatch.cli.formats import NONE, number_text, with_error
 
 if TYPE_CHECKING:
-    from macrobatch.cli.branched import Branch, Branches
+    from macrobatch.cli.branches import Branch, Branches
 
 SURE = 2.0  # standard errors
 MANY = 3.0  # times the noise scale: from here on the two are said to disagree
@@ -18,8 +18,8 @@ MANY = 3.0  # times the noise scale: from here on the two are said to disagree
 def branch_table(found: "Branches") -> Table:
     """A row for each batch size."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("batch", "learning rate", "updates", "loss", "above the best smaller", "validation loss", ""):
-        table.add_column(name, justify="right")
+    for name in ("batch", "lr", "updates", "loss", "above best smaller", "validation", ""):
+        table.add_column(name, justify="right", no_wrap=True)
     for branch in found.branches:
         table.add_row(
             f"{branch.batch_size:,}",

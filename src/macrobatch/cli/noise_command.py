@@ -21,9 +21,7 @@ def _factors(text: str) -> tuple[int, ...]:
 PerExample = Annotated[
     bool, typer.Option("--per-example", help="Measure the gradient of each sample, for updates of one micro-batch.")
 ]
-HalfLife = Annotated[
-    float | None, typer.Option(parser=cli._above_zero, metavar="N", help="Updates after which one counts half.  [all]")
-]
+HalfLife = Annotated[int, cli._count(1, "Updates after which one counts half: training moves on.")]
 Branched = Annotated[
     bool, typer.Option("--branched", help="Then measure the critical batch itself: train on at several batch sizes.")
 ]
@@ -62,7 +60,7 @@ def noise(
     threads: cli.Threads = None,
     seed: cli.Seed = 0,
     per_example: PerExample = False,
-    half_life: HalfLife = None,
+    half_life: HalfLife = 100,
     branched: Branched = False,
     factors: Factors = None,
     branch_samples: BranchSamples = None,
@@ -70,7 +68,7 @@ def noise(
     tolerance: Tolerance = None,
     output: cli.Output = None,
 ) -> None:
-    """Train a task and measure its gradient noise: which batch size pays, which is fastest here, and how sure that is."""
+    """Train a task and measure its gradient noise: which batch pays, which is fastest here, and how sure that is."""
     from macrobatch.cli.branched import BranchOptions, branched_run
     from macrobatch.cli.noise import noise as noise_run
     from macrobatch.cli.run import Run
@@ -94,8 +92,8 @@ def noise(
         noise="per example" if per_example else "measure",
         noise_half_life=half_life,
     )
-    branches = BranchOptions.of(branched, factors, branch_samples, repeats, tolerance)
     with cli._command(output or Path("runs") / f"noise-{cli._folder_name(task)}", threads) as (console, folder):
+        branches = BranchOptions.of(branched, factors, branch_samples, repeats, tolerance)
         run = Run(load_task(task, seed=seed, **dict(task_option or [])), options)
         code = branched_run(run, branches, folder, console) if branches else noise_run(run, folder, console)
     raise typer.Exit(code)

@@ -34,7 +34,7 @@ def save_noise(folder: Path, rows: Sequence[Mapping[str, Any]], found: "Findings
 def _draw_course(axes: Axes, rows: Sequence[Mapping[str, Any]], found: "Findings") -> None:
     """The estimate where it is finite, its interval as a band, which goes to the edge where nothing bounds it."""
     known = [row for row in rows if row.get("noise_low", 0) > 0]
-    axes.set(xlabel="samples", ylabel="samples", yscale="log")
+    axes.set(xlabel="samples of training", ylabel="samples", yscale="log")
     thousands(axes)
     sizes = {row["batch_size"] for row in rows}
     if len(sizes) == 1 or not known:
@@ -56,6 +56,7 @@ def _draw_course(axes: Axes, rows: Sequence[Mapping[str, Any]], found: "Findings
     best = [row["noise_scale"] if math.isfinite(row["noise_scale"]) else math.nan for row in known]
     axes.plot(x, best, color=BLUE, label="noise scale", marker="o" if len(known) < 3 else None)
     axes.set_ylim(low, high)
+    _plain_numbers(axes)
     axes.legend()
 
 
@@ -84,7 +85,7 @@ def _draw_times(axes: Axes, found: "Findings") -> None:
     if known.low > 0:
         ends = slowdowns(known.low), slowdowns(known.high)
         between = [[pick(pair) for pair in zip(*ends, strict=True)] for pick in (min, max)]
-        axes.fill_between(sizes, *between, color=BLUE, alpha=0.2, linewidth=0)
+        axes.fill_between(sizes, between[0], between[1], color=BLUE, alpha=0.2, linewidth=0)
     axes.plot(sizes, slowdowns(known.noise_scale), color=BLUE)
     axes.plot(fast.batch_size, 1, color=ORANGE, marker="o", markersize=8, linestyle="none",
               label=f"fastest: {in_samples(fast.batch_size)}")  # fmt: skip
@@ -93,8 +94,13 @@ def _draw_times(axes: Axes, found: "Findings") -> None:
     if start < found.largest < widest:
         axes.axvline(found.largest, color=GREY, linestyle=":", linewidth=1.2, label=f"{found.largest} fit at once")
     thousands(axes)
+    _plain_numbers(axes)
+    axes.set_ylim(0.8, None)
+    axes.legend()
+
+
+def _plain_numbers(axes: Axes) -> None:
+    """The logarithmic y axis says 1, 2, 5, 10 and not powers of ten."""
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(0.8, None)
-    axes.legend()

@@ -1,5 +1,6 @@
 """One training run: what stays fixed from the first update to the last, and what one update does."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,11 +12,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from macrobatch import Accumulator, Report, Scaling, apply_update, collate_windows
+from macrobatch import Accumulator, Report, Scaling, Update, apply_update, collate_windows
 from macrobatch.budget import budget_bytes
 from macrobatch.cli import run_options, setup
 from macrobatch.cli.forecast import Forecast, sample_batch
 from macrobatch.cli.formats import bytes_text
+from macrobatch.cli.guard import make_guard, verdict_entries
 from macrobatch.cli.memory_use import MemoryUse
 from macrobatch.cli.noise_watch import NoiseWatch
 from macrobatch.cli.rescaling import refuse_unreachable, rescale
@@ -23,6 +25,7 @@ from macrobatch.cli.run_options import TrainOptions
 from macrobatch.cli.sampling import UpdateIndices
 from macrobatch.fitting import Memory
 from macrobatch.planning import Plan, plan
+from macrobatch.spike_values import SpikeVerdict
 from macrobatch.tasks import Task
 from macrobatch.tasks.task import num_samples
 
@@ -69,10 +72,20 @@ class Run:
             scaler=self.scaler,
             measure="norms" if self.measures else None,
         )
+        self.guard = make_guard(
+            options.spike_guard,
+            options.snapshot_every,
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            scaler=self.scaler,
+            schedule=self.schedule,
+        )
         with MemoryUse(self.device, self.max_memory):
             pass  # a budget that cannot be kept is refused here, before there is anything to lose
         self.updates = self.applied = self.samples = self.retries = 0
         self.rows: list[dict[str, Any]] = []
+        self.given_up: str | None = None  # why the guard ended the run
         self.has_gradient = False  # of the update at hand: from then on it is the optimizer that needs memory
 
     def _scaled_optimizer(self) -> tuple[Optimizer, Scaling | None]:
@@ -126,24 +139,23 @@ class Run:
         if self.options.noise == "per example":
             self.noise.observe_examples(self.task, window, min(self.task.micro_batch_size, self.micro_batch_size))
         started = time.perf_counter()
-        learning_rate = float(self.optimizer.param_groups[0]["lr"])
         self.has_gradient = False
         report = self.accumulator.run(window)
         self.has_gradient = True
         ran = self._time_of_gradient()
-        update = apply_update(self.optimizer, report, max_norm=self.options.max_norm)
-        if update.applied:
-            self.scheduler.step()
-        loss, grad_norm = float(report.loss), float(update.grad_norm)  # on a GPU the time ends here, with the numbers
+        learning_rate, verdict, update = self._update(report)
+        loss = float(report.loss)  # on a GPU the time ends here, with the numbers
+        grad_norm = verdict.grad_norm if verdict is not None else float(update.grad_norm) if update else math.nan
+        applied = update is not None and update.applied
         ended = time.perf_counter()
-        self._count(report, update.applied)
+        self._count(report, applied)
         row = {
             "update": self.updates,
             "samples": self.samples,
             "loss": loss,
             "lr": learning_rate,
             "grad_norm": grad_norm,
-            "applied": update.applied,
+            "applied": applied,
             "seconds": ended - started,
             "batch_size": report.num_samples,
             "micro_batches": report.accumulation_steps,
@@ -151,11 +163,23 @@ class Run:
             "retries": report.retries,
             **({} if ran is None else {"update_seconds": ended - ran}),
             **({} if rescaled is None else {"rescaled_by": rescaled.lr_factor}),
+            **verdict_entries(verdict),
             **self.noise.entries,
             **{name: float(value) for name, value in report.metrics.items()},
         }
         self.rows.append(row)
         return row
+
+    def _update(self, report: Report) -> tuple[float, SpikeVerdict | None, Update | None]:
+        """The rate in force, what the guard said, and what became of the gradients; None where it dropped them."""
+        verdict = None if self.guard is None else self.guard.check(report)
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        if verdict is not None and not verdict.accepted:
+            return rate, verdict, None
+        update = apply_update(self.optimizer, report, max_norm=self.options.max_norm)
+        if update.applied:
+            self.scheduler.step()
+        return rate, verdict, update
 
     def _follow_schedule(self) -> Scaling | None:
         """The hyperparameters fit the batch that has arrived; what changed, if anything did."""
@@ -187,7 +211,8 @@ class Run:
         self.samples += report.num_samples
         self.retries += report.retries
         self.schedule.advance(report.num_samples)
-        self.noise.observe(report)
+        if applied:
+            self.noise.observe(report)
         # The lower end of the interval: doubled once it is known, not guessed, that twice as much still pays.
         known = self.noise.estimate
         if self.batch_plan.measures and known is not None and self.schedule.observe(known.low):

@@ -9,6 +9,7 @@ from macrobatch.auto_size import refuse_coupled
 from macrobatch.cli import setup
 from macrobatch.cli.batch_plan import BatchPlan, parse_batch_plan, planned_sizes
 from macrobatch.cli.forecast import coupling_layer, sample_batch
+from macrobatch.cli.guard import Guarding
 from macrobatch.scaling_rules import RuleName
 from macrobatch.tasks import Task
 
@@ -43,6 +44,8 @@ class TrainOptions:
     precision: setup.Precision = "fp32"
     device: setup.Device = "auto"
     seed: int = 0
+    spike_guard: Guarding = "off"
+    snapshot_every: int | None = None
     noise: Noise = "watch"
     noise_half_life: float | None = 100
 
@@ -106,9 +109,7 @@ def _size_to_measure(task: Task, options: TrainOptions, smallest: int) -> tuple[
     if smallest == 1:
         raise ValueError(f"{reason}, and one of 1 sample has only one: give a --batch-size of at least 2")
     if given == "auto":
-        raise ValueError(
-            f"{reason}: --micro-batch-size auto may find that one is fastest; give a number below {smallest}"
-        )
+        raise ValueError(f"{reason}, and --micro-batch-size auto may make them one: give a number below {smallest}")
     if given is None:
         coupled = coupling_layer(task.model) is not None  # then the size is part of the model
         size = task.micro_batch_size if coupled else min(task.micro_batch_size, max(smallest // FEWEST_PIECES, 1))

@@ -94,12 +94,14 @@ class UpdateLog:
         self._events = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """`row["update"]` counts from 1; every other number becomes a curve of its name."""
+        """`row["update"]` counts from 1; every other number becomes a curve of its name, words a note."""
         self._lines.write(json.dumps(finite(row), allow_nan=False) + "\n")
         self._lines.flush()
         for name, value in row.items():
             if name != "update" and isinstance(value, int | float):
                 self._events.add_scalar(f"train/{name}", float(value), row["update"])
+            elif isinstance(value, str):
+                self._events.add_text(f"train/{name}", value, row["update"])
 
     def write_validation(self, update: int, means: Mapping[str, float]) -> None:
         """The validation means as TensorBoard events."""

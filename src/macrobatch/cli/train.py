@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from macrobatch.cli import plots
 from macrobatch.cli.formats import bytes_text, number_text
+from macrobatch.cli.guard import guard_entry, log_lines
 from macrobatch.cli.interrupt import CtrlC
 from macrobatch.cli.memory_use import MemoryUse, uncounted
 from macrobatch.cli.noise_watch import short_interval
@@ -23,10 +24,11 @@ from macrobatch.cli.runfiles import UpdateLog, save_weights, write_json
 from macrobatch.cli.train_words import closing, headline
 from macrobatch.cli.validation import Validation, validate, validation_batches
 from macrobatch.fitting import Memory
+from macrobatch.spike_values import SpikeError
 
-Outcome = Literal["finished", "interrupted", "out of memory"]
+Outcome = Literal["finished", "interrupted", "out of memory", "given up"]
 LONGEST_SEARCH = 12  # windows in which the accumulator tries sizes, two for each of six at most
-EXIT_CODE: dict[Outcome, int] = {"finished": 0, "interrupted": 130, "out of memory": 2}
+EXIT_CODE: dict[Outcome, int] = {"finished": 0, "interrupted": 130, "out of memory": 2, "given up": 2}
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ def train(run: Run, folder: Path, console: Console) -> int:
         say(console, line)
     if outcome == "out of memory":
         console.print(f"[bold red]error:[/] {escape(run.too_large())}", soft_wrap=True)
+    if run.given_up is not None:
+        console.print(f"[bold red]error:[/] {escape(run.given_up)}", soft_wrap=True)
     return EXIT_CODE[outcome]
 
 
@@ -74,7 +78,7 @@ def _all_updates(
 ) -> Outcome:
     """Every update is made and logged, or as many as Ctrl-C and the memory allow."""
     try:
-        with memory, Progress(console, sum(run.sizes)) as progress:
+        with memory, _logging(run, console), Progress(console, sum(run.sizes)) as progress:
             for window in _windows(run):
                 with memory.of_update(run.held()) if run.updates + 1 == measured else nullcontext():
                     row = run.advance(window)
@@ -86,7 +90,15 @@ def _all_updates(
                     return "finished" if run.updates == len(run.sizes) else "interrupted"
     except torch.OutOfMemoryError:
         return "out of memory"
+    except SpikeError as error:
+        run.given_up = str(error)
+        return "given up"
     return "finished"
+
+
+def _logging(run: Run, console: Console) -> AbstractContextManager[None]:
+    """Within it, what the library logs is a line that says of which update."""
+    return log_lines(lambda text: say(console, f"update {run.updates + 1}: {text}"))
 
 
 def _windows(run: Run) -> Iterator[Any]:
@@ -172,6 +184,7 @@ def _write(run: Run, ending: Ending, folder: Path) -> None:
             "base_batch_size": run.base_batch_size,
             "scaling": scaling_entry(run.scaling),
             "batch_sizes": [run.sizes[0], max(run.sizes)],
+            "spike_guard": guard_entry(run.guard, run.rows),
             "noise": None if run.noise.estimate is None else asdict(run.noise.estimate),
             "options": asdict(run.options),
         },

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from macrobatch.cli.forecast import prediction_line
 from macrobatch.cli.formats import bytes_text, counted, duration_text, number_text
+from macrobatch.cli.guard import guard_lines
 from macrobatch.cli.run import Run
 
 if TYPE_CHECKING:
@@ -26,6 +27,11 @@ def headline(run: Run, folder: Path) -> list[str]:
     lines.append(f"writing to {folder}")
     if run.why_given:
         lines.append(f"note: the micro-batch size is {_of_whom(run)}: {run.why_given}")
+    if run.guard is not None and len(run.sizes) <= run.guard.min_updates:
+        lines.append(
+            f"note: the spike guard learns from {run.guard.min_updates} updates before it judges one, and this run has "
+            f"{len(run.sizes)}: only what is not finite is caught"
+        )
     if options.precision == "fp16" and run.device.type == "cpu":
         lines.append("note: fp16 on a CPU works but is slow; bf16 or fp32 is usually better there")
     return lines
@@ -73,7 +79,7 @@ def closing(run: Run, ending: "Ending", folder: Path) -> list[str]:
     """What has happened, in lines for the terminal."""
     updates, samples = counted(len(run.sizes), "update"), counted(run.samples, "sample")
     made = f"{run.updates} of {updates}, {samples} in {duration_text(ending.seconds)}"
-    skipped = run.updates - run.applied
+    skipped = sum(not row["applied"] and "spike" not in row for row in run.rows)
     lines = [
         f"{ending.outcome_of(run)}: {made}"
         + (f" ({run.samples / ending.seconds:.0f} samples/s)" if run.samples else "")
@@ -84,7 +90,7 @@ def closing(run: Run, ending: "Ending", folder: Path) -> list[str]:
     line = prediction_line(ending.predicted, ending.memory.update_peak, ending.measured_row)
     if line is not None:
         lines.append(line)
-    lines += _growth(run)
+    lines += [*guard_lines(run.guard, run.rows), *_growth(run)]
     if ending.validation is not None:
         metrics = "".join(f", {name} {number_text(value, 4)}" for name, value in ending.validation.metrics.items())
         lines.append(
