@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
 from macrobatch.cli import app
@@ -67,6 +68,10 @@ def test_a_skipped_spike_is_a_window_that_training_never_saw(tmp_path: Path) -> 
     assert summary["spike_guard"]["events"][0]["spike_why"] == flagged[0]["spike_why"]
     assert "spike guard: 1 update flagged, 1 skipped; 127 updates stand" in said
     assert said.count("spike: ") == 1  # the library's own words, once
+    assert f"update {BAD + 1}: spike: loss" in said
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Tags()
+    assert {"train/spike/text_summary", "train/spike_why/text_summary"} <= set(events["tensors"])
+    assert {"train/noise_scale", "train/batch_size"} <= set(events["scalars"])
     # The control: unguarded, the sample spoils the weight.
     spiked(tmp_path / "off")
     assert float((weight_of(tmp_path / "off") - weight_of(tmp_path / "run")).norm()) > 1

@@ -1,5 +1,6 @@
 """`macrobatch noise`: the noise scale that is known, a recommendation that follows from it, and branches as by hand."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from noise_tasks import true_noise_scale
+from rich.console import Console
 from typer.testing import CliRunner
 
 from macrobatch import NoiseEstimate, gain
@@ -16,6 +18,7 @@ from macrobatch.cli import app
 from macrobatch.cli.branched import Brancher, BranchOptions
 from macrobatch.cli.branched_words import branch_words
 from macrobatch.cli.branches import Branch, Branches
+from macrobatch.cli.interrupt import CtrlC
 from macrobatch.cli.noise import Findings
 from macrobatch.cli.noise_words import recommendation
 from macrobatch.cli.run import Run
@@ -190,20 +193,18 @@ def test_adam_branches_have_the_square_root_and_leave_the_run_as_it_was() -> Non
         trained.advance(window)
     before = {name: value.clone() for name, value in trained.model.state_dict().items()}
     brancher = Brancher(trained, BranchOptions((1, 4), 64, 1, 0.01))
-    from macrobatch.cli.interrupt import CtrlC
-
-    found = brancher.branches(_quiet(), CtrlC(lambda _: None))
+    ctrl_c = CtrlC(lambda _: None)
+    found = brancher.branches(_quiet(), ctrl_c)
     assert found is not None
     assert [branch.learning_rate for branch in found.branches] == pytest.approx([0.01, 0.02])
     assert all(torch.equal(value, before[name]) for name, value in trained.model.state_dict().items())
     assert all(int(state["step"]) == 5 for state in trained.optimizer.state.values())
+    ctrl_c.wanted = True
+    assert brancher.branches(_quiet(), ctrl_c) is None
+    assert all(torch.equal(value, before[name]) for name, value in trained.model.state_dict().items())
 
 
-def _quiet() -> Any:
-    import io
-
-    from rich.console import Console
-
+def _quiet() -> Console:
     return Console(file=io.StringIO())
 
 

@@ -1,4 +1,4 @@
-"""`macrobatch noise --branched`: training goes on, from where a run has come to, at several batch sizes; see `branches`."""
+"""`macrobatch noise --branched`: training goes on from one point at several batch sizes; see `branches`."""
 
 import copy
 from collections.abc import Iterator, Sequence

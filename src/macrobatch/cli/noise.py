@@ -16,7 +16,7 @@ from macrobatch.cli.noise_words import recommendation
 from macrobatch.cli.progress import say
 from macrobatch.cli.run import Run
 from macrobatch.cli.runfiles import write_json
-from macrobatch.cli.train import train
+from macrobatch.cli.train import EXIT_CODE, train
 from macrobatch.planning import plan
 
 STARTING_UP = 2  # updates whose time does not count: caches and allocators are empty
@@ -49,6 +49,8 @@ class Findings:
 def noise(run: Run, folder: Path, console: Console) -> int:
     """The run has ended as in `train`, and what it told of its noise is said, drawn and written; the exit code."""
     code = train(run, folder, console)
+    if code == EXIT_CODE["out of memory"]:  # or given up: what there is to say, has been
+        return code
     found = findings(run)
     if found is None:
         say(console, "the noise scale is not known: no update had a finite gradient")
