@@ -19,6 +19,7 @@ from macrobatch.cli.runfiles import write_json
 from macrobatch.cli.train import EXIT_CODE, train
 from macrobatch.planning import plan
 
+FAR = 16  # times the sizes in question: up to there it is asked what fits, and drawn how long training takes
 STARTING_UP = 2  # updates whose time does not count: caches and allocators are empty
 
 
@@ -75,7 +76,7 @@ def findings(run: Run) -> Findings | None:
     per_sample = median((row["seconds"] - row["update_seconds"]) / row["batch_size"] for row in timed) if timed else 0.0
     per_update = median(row["update_seconds"] for row in timed) if timed else 0.0
     wanted = math.sqrt(per_update * known.noise_scale / per_sample) if per_sample else math.inf
-    largest = run.micro_batch_size if is_coupled else _fits(run, max(batch_size, wanted))
+    largest = run.micro_batch_size if is_coupled else _fits(run, FAR * max(batch_size, wanted))
     fastest = None
     if per_sample > 0:
         fastest = run.noise.scale.fastest_batch_size(

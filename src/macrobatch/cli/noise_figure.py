@@ -69,7 +69,7 @@ def _draw_times(axes: Axes, found: "Findings") -> None:
         axes.text(0.5, 0.5, "not known yet: train longer", transform=axes.transAxes, ha="center")
         return
     known = found.estimate
-    widest = max(found.batch_size, fast.batch_size) * 16
+    widest = max(found.batch_size, fast.batch_size) * 16  # as far as it was asked what fits
     start = max(min(found.batch_size, fast.batch_size) / 16, 1)
     sizes = [start * (widest / start) ** (step / 200) for step in range(201)]
 
