@@ -143,6 +143,15 @@ def test_what_cannot_be_measured_is_refused_before_any_work(tmp_path: Path) -> N
         assert not (tmp_path / "run").exists()
 
 
+def test_watching_the_noise_takes_at_most_the_gradients_more_than_predicted(tmp_path: Path) -> None:
+    options = ["--task", "digits", "--micro-batch-size", "8", "--steps", "2", "--device", "cpu"]
+    assert CliRunner().invoke(app, ["train", *options, "--output", str(tmp_path / "run")]).exit_code == 0
+    found = read(tmp_path / "run", "summary.json")
+    more = found["memory_measured_bytes"] - found["memory_predicted_bytes"]
+    assert found["noise"] is not None
+    assert 0 < more <= found["memory_predicted"]["gradients"]
+
+
 # ---- branches
 
 

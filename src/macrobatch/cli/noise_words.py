@@ -40,10 +40,9 @@ def _fastest(found: "Findings") -> list[str]:
         f"On this machine a sample takes {seconds_text(fast.seconds_per_sample)} in micro-batches of "
         f"{found.micro_batch_size}, and an update {seconds_text(fast.seconds_per_update)} besides"
     )
-    verdict = fast.verdict
+    lines = [f"{times}: {fast.verdict}"]
     if found.is_coupled:
-        verdict += " (the model's own: it normalises over them)"
-    lines = [f"{times}: {verdict}"]
+        lines[0] += f". {found.largest} is the model's own micro-batch: it normalises over it"
     slowdown = fast.slowdown(found.batch_size)
     if math.isfinite(slowdown) and math.isfinite(fast.batch_size):
         longer = f"takes {number_text(slowdown)} times as long to the same loss" if slowdown > CLOSE else "is as fast"
