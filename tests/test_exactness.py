@@ -27,15 +27,12 @@ def benchmark() -> ModuleType:
 
 
 def check(row: dict[str, Any]) -> None:
-    """Exact rows are exact where the textbook loop is not; rows that are not exact are no better than it."""
-    if not row["exact"]:
-        assert row["macrobatch"] == pytest.approx(row["textbook"])
-        return
+    """Exact, where the textbook loop is not."""
     assert row["macrobatch"] <= (1e-5 if "bfloat16" in row["case"] else 1e-12)
     assert (row["textbook"] <= 1e-12) if row["case"] == EASY else (row["textbook"] > 0.01)
 
 
-def test_every_case_of_one_process_is_exact_or_says_that_it_is_not(benchmark: ModuleType) -> None:
+def test_every_case_of_one_process_is_exact(benchmark: ModuleType) -> None:
     rows = [benchmark.measure(case) for case in benchmark.cases()]
     for row in [*rows, benchmark.measure_bfloat16()]:
         check(row)
