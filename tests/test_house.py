@@ -58,8 +58,9 @@ LEVELS = (
     ("gathered_window", "graph_budget"),
     ("epoch", "per_example", "hessian"),
     # What scaling_rules and warmup stand on.
-    ("scaling_families", "schedulers"),
-    ("scaling_changes",),
+    ("scaling_families", "schedulers", "outliers", "snapshots"),
+    ("scaling_changes", "saving", "spike_rates", "spike_values"),
+    ("spike_options",),
     # L2 policies: one level, so that they never import one another
     (
         *("scaling_rules", "warmup", "schedule", "noise", "adascale", "invariant_adam", "spikes"),
@@ -81,6 +82,7 @@ PAGE_OF = {
     "row_blocks": "contrastive",
 }
 PAGE_OF |= {"moments": "noise", "batch_tradeoff": "noise", "per_example": "noise"}
+PAGE_OF |= {"spike_values": "spikes", "outliers": "spikes"}
 EDGES = ("tasks", "integrations", "cli")  # need extras: never re-exported by the package
 
 # `.chunk(` is torch's own method.

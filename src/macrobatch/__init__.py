@@ -14,6 +14,7 @@ from macrobatch.loops import accumulate
 from macrobatch.memory import MemoryMeter, memory_limit, parse_bytes, peak_memory
 from macrobatch.moments import GradientMoments
 from macrobatch.noise import GradientNoiseScale, NoiseEstimate
+from macrobatch.outliers import spike_score
 from macrobatch.per_example import per_example_moments
 from macrobatch.planning import Plan, plan
 from macrobatch.report import Report
@@ -22,6 +23,8 @@ from macrobatch.sam import SAM
 from macrobatch.scaling_rules import Scaling, ScalingWarning, scale_clip, scale_ema, scale_hyperparameters
 from macrobatch.schedule import BatchSchedule
 from macrobatch.sharpness import Sharpness, Trace, hessian_trace, sam_sharpness, sharpness, stability_threshold
+from macrobatch.spike_values import SpikeError, SpikeVerdict
+from macrobatch.spikes import SpikeGuard
 from macrobatch.update import Update, apply_update
 from macrobatch.warmup import warmup
 from macrobatch.weighting import Loss, valid_tokens
@@ -47,6 +50,9 @@ __all__ = [
     "Scaling",
     "ScalingWarning",
     "Sharpness",
+    "SpikeError",
+    "SpikeGuard",
+    "SpikeVerdict",
     "Trace",
     "Tradeoff",
     "Update",
@@ -67,6 +73,7 @@ __all__ = [
     "scale_ema",
     "scale_hyperparameters",
     "sharpness",
+    "spike_score",
     "stability_threshold",
     "sum_loss",
     "train_epoch",
