@@ -1,0 +1,255 @@
+"""What a spike guard saves on `code-lm`, and what it flags without need: python benchmarks/spikes.py.
+
+Batches of 16 at lr 3e-3 with AdamW, three seeds. Clean: 1100 updates under a guard that only warns, so that it changes
+nothing; its flags are false alarms; the validation loss is that after 1000. Every other run goes on from the clean one,
+99 updates before the event at update 600, so that its last snapshot is as old as snapshots get:
+
+(a) labels shuffled among the bytes of a batch for 10 windows, at 30 times the rate;
+(b) correct labels, at 30 times the rate for 4 updates: what is wrong is the step, and shows only afterwards.
+
+Each without a guard and with `policy="rollback"`, all options as they are by default; (b) also with `policy="skip"`,
+the control, which cannot undo a step. Each run is written when it ends and is not made again. --report makes none.
+Results: benchmarks/results/spikes.json.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import macrobatch as mb
+from macrobatch.snapshots import Run, capture, restore
+from macrobatch.tasks import Task, load_task
+
+RESULTS = Path(__file__).parent / "results" / "spikes.json"
+SEEDS = (0, 1, 2)
+BATCH_SIZE, RATE, MAX_NORM = 16, 3e-3, 1.0
+RATE_FACTOR = 30.0
+EVENTS = {"a": 10, "b": 4}  # windows that it lasts
+RUNS = (("a", "off"), ("a", "rollback"), ("b", "off"), ("b", "rollback"), ("b", "skip"))
+TARGETS = {  # validation loss over the clean one: at least, at most
+    ("a", "off"): (1.15, None),
+    ("a", "rollback"): (None, 1.02),
+    ("b", "off"): (1.05, None),
+    ("b", "rollback"): (None, 1.02),
+    ("b", "skip"): (1.02, None),
+}
+MOST_FALSE_ALARMS = 2.0  # per 1000
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Updates: of the clean run, until the validation loss, until the event, and from the fork to the event."""
+
+    clean: int = 1100
+    end: int = 1000
+    event: int = 600
+    lead: int = 99
+
+    @property
+    def fork(self) -> int:
+        """Where the other runs leave the clean one."""
+        return self.event - self.lead
+
+
+class Training:
+    """One run of the task: everything follows from the seed, and window t is the same in every run."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.task: Task = load_task("code-lm", seed=seed)
+        self.optimizer = self.task.make_optimizer(self.task.model, RATE)
+        self.accumulator = mb.Accumulator(self.task.model, byte_loss, micro_batch_size=8)
+        self.run = Run([self.task.model], [self.optimizer])
+
+    def window(self, t: int, *, shuffled: bool = False) -> Batch:
+        """Bytes and the bytes that follow them, (B, T) each; `shuffled` deals the latter out anew."""
+        generator = torch.Generator().manual_seed(1_000_000 * self.seed + t)
+        chosen = torch.randint(len(self.task.train), (BATCH_SIZE,), generator=generator)  # type: ignore[arg-type]
+        pieces = torch.stack([self.task.train[int(i)] for i in chosen]).long()
+        inputs, targets = pieces[:, :-1], pieces[:, 1:]
+        if shuffled:
+            order = torch.randperm(targets.numel(), generator=generator)
+            targets = targets.flatten()[order].view_as(targets)
+        return inputs, targets
+
+    def update(self, t: int, guard: mb.SpikeGuard | None, event: str | None) -> str:
+        """One window, in the event if one is named; what the guard said."""
+        report = self.accumulator.run(self.window(t, shuffled=event == "a"))
+        kind = "accepted" if guard is None else guard.check(report).kind
+        if kind in ("accepted", "warned"):
+            rates = [group["lr"] for group in self.optimizer.param_groups]
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (RATE_FACTOR if event else 1.0)
+            mb.apply_update(self.optimizer, report, max_norm=MAX_NORM)
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+        return kind
+
+    def guard(self, policy: Any) -> mb.SpikeGuard:
+        """A guard with all options as they are by default."""
+        return mb.SpikeGuard(self.task.model, self.optimizer, policy=policy)
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """The mean over 512 held-out samples, evenly spread."""
+        count = len(self.task.validation)  # type: ignore[arg-type]
+        chosen = torch.linspace(0, count - 1, min(count, 512)).long().tolist()
+        pieces = torch.stack([self.task.validation[i] for i in chosen]).long()
+        evaluator = mb.Accumulator(self.task.model, byte_loss, micro_batch_size=64)
+        return float(evaluator.evaluate((pieces[:, :-1], pieces[:, 1:])).loss)
+
+
+def byte_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    """Cross-entropy in nats, summed, and the number of bytes."""
+    inputs, targets = batch
+    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum"), targets.numel()
+
+
+def clean_run(seed: int, lengths: Lengths, fork: Path) -> dict[str, Any]:
+    """The run without an event; its state where the others begin goes to the file `fork`."""
+    training = Training(seed)
+    guard = training.guard("warn")
+    flagged, loss = [], float("nan")
+    for t in range(lengths.clean):
+        if t == lengths.fork:
+            fork.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"run": capture(training.run), "guard": guard.state_dict()}, fork)
+        if t == lengths.end:
+            loss = training.validation_loss()
+        if training.update(t, guard, None) != "accepted":
+            flagged.append(t)
+    judged = lengths.clean - guard.min_updates
+    return {"validation_loss": loss, "judged": judged, "flagged": flagged}
+
+
+def forked_run(seed: int, event: str, policy: str, lengths: Lengths, fork: Path) -> dict[str, Any]:
+    """The run that goes through the event, from the fork to the end, or until the guard gives up."""
+    training = Training(seed)
+    state = torch.load(fork, weights_only=True)
+    restore(training.run, state["run"])
+    guard = None
+    if policy != "off":
+        guard = training.guard(policy)
+        guard.load_state_dict(state["guard"])
+    kinds: dict[int, str] = {}
+    gave_up = None
+    for t in range(lengths.fork, lengths.end):
+        in_event = lengths.event <= t < lengths.event + EVENTS[event]
+        try:
+            kind = training.update(t, guard, event if in_event else None)
+        except mb.SpikeError:
+            gave_up = t
+            break
+        if kind != "accepted":
+            kinds[t - lengths.event] = kind
+    return {
+        "validation_loss": training.validation_loss(),
+        "flagged": kinds,  # by windows since the event began
+        "gave_up": gave_up,
+        "lr_scale": 1.0 if guard is None else guard.lr_scale,
+        "rollbacks": 0 if guard is None else guard.rollbacks,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the table
+
+Runs = Mapping[str, Mapping[str, Any]]
+NAMES = {"off": "no guard", "rollback": "rollback", "skip": "skip only (control)"}
+SAYS = {"a": "(a) shuffled labels and lr x 30, 10 windows", "b": "(b) lr x 30, 4 updates"}
+
+
+def ratios(runs: Runs, seeds: Sequence[int], event: str, policy: str) -> list[float]:
+    """Validation loss over that of the clean run, by seed."""
+    name = f"{event} {policy}"
+    return [runs[f"{name} {s}"]["validation_loss"] / runs[f"clean {s}"]["validation_loss"] for s in seeds]
+
+
+def holds(event: str, policy: str, found: Sequence[float]) -> bool:
+    """Whether every seed keeps what was promised."""
+    low, high = TARGETS[event, policy]
+    return all((low is None or r >= low) and (high is None or r <= high) for r in found)
+
+
+def table(runs: Runs, seeds: Sequence[int]) -> str:
+    """One line for each event and policy, and a sentence on false alarms."""
+    lines = ["| | guard | loss against the clean run, by seed | promised | |", "|---|---|---|---|---|"]
+    for event, policy in RUNS:
+        low, high = TARGETS[event, policy]
+        found = ratios(runs, seeds, event, policy)
+        promised = f"at least {low - 1:+.0%}" if low is not None else f"at most {(high or 0) - 1:+.0%}"
+        each = ", ".join(f"{r - 1:+.1%}" for r in found)
+        gave_up = all(runs[f"{event} {policy} {s}"]["gave_up"] is not None for s in seeds)
+        note = ("holds" if holds(event, policy, found) else "does not hold") + ("; gave up" if gave_up else "")
+        lines.append(f"| {SAYS[event]} | {NAMES[policy]} | {each} | {promised} | {note} |")
+    judged = sum(runs[f"clean {s}"]["judged"] for s in seeds)
+    alarms = sum(len(runs[f"clean {s}"]["flagged"]) for s in seeds)
+    losses = ", ".join(f"{runs[f'clean {s}']['validation_loss']:.3f}" for s in seeds)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Clean validation losses: {losses}. False alarms: {alarms} in {judged} clean updates, "
+            f"{1000 * alarms / judged:.2f} per 1000 (at most {MOST_FALSE_ALARMS:g} promised).",
+        ]
+    )
+
+
+def names(seeds: Sequence[int]) -> list[str]:
+    """Keys of all runs, seed by seed."""
+    return [name for s in seeds for name in (f"clean {s}", *(f"{e} {p} {s}" for e, p in RUNS))]
+
+
+def make(name: str, lengths: Lengths, folder: Path) -> dict[str, Any]:
+    """The run of this name; the clean one is made again where its state at the fork is gone."""
+    *what, seed = name.split()
+    fork = folder / f"{seed}-{lengths.fork}.pt"
+    if what == ["clean"]:
+        return clean_run(int(seed), lengths, fork)
+    if not fork.exists():
+        clean_run(int(seed), lengths, fork)
+    return forked_run(int(seed), what[0], what[1], lengths, fork)
+
+
+def main() -> None:
+    """Make the runs that are missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--forks", type=Path, default=Path(tempfile.gettempdir()) / "macrobatch-spikes")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--report", action="store_true", help="print what there is, make no runs")
+    for name in ("clean", "end", "event", "lead"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Lengths(), name))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    lengths = Lengths(arguments.clean, arguments.end, arguments.event, arguments.lead)
+    found: dict[str, Any] = {"seeds": list(range(arguments.seeds)), "lengths": vars(lengths), "runs": {}}
+    if arguments.output.exists():
+        kept = json.loads(arguments.output.read_text())
+        if kept["lengths"] != found["lengths"]:
+            parser.error(f"{arguments.output} holds runs of other lengths, {kept['lengths']}: give another --output")
+        found["runs"] = kept["runs"]
+    for name in [] if arguments.report else names(found["seeds"]):
+        if name not in found["runs"]:
+            found["runs"][name] = make(name, lengths, arguments.forks)
+            found |= {"python": platform.python_version(), "torch": torch.__version__, "threads": arguments.threads}
+            arguments.output.parent.mkdir(exist_ok=True)
+            arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+            print(f"{name}: {found['runs'][name]['validation_loss']:.4f}", flush=True)
+    print(table(found["runs"], found["seeds"]))
+
+
+if __name__ == "__main__":
+    main()
