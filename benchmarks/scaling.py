@@ -193,7 +193,7 @@ def code_text(runs: Runs, seeds: Sequence[int]) -> str:
     table = ["| batch | lr | | validation loss |", "|---|---|---|---|"]
     for case, values in found.items():
         rate = runs[replace(case, seed=seeds[0]).name]["final_lr"]
-        table.append(f"| {case.batch_size} | {rate:.3g} | {_what(case)} | {Interval.of(values)} |")
+        table.append(f"| {case.batch_size} | {rate:.3g} | {_what(case) or '-'} | {Interval.of(values)} |")
     unscaled = next(case for case in code if case.batch_size > CODE_BATCH and case.from_batch_size is None)
     grid = [case for case in code if case.from_batch_size is not None]
     rule = next(case for case in grid if case.factor == 1)
@@ -213,7 +213,7 @@ def code_text(runs: Runs, seeds: Sequence[int]) -> str:
 def _what(case: Case) -> str:
     if case.from_batch_size is None:
         return "" if case.batch_size == CODE_BATCH else "as it was"
-    return "the rule's choice" if case.factor == 1 else f"{case.factor:g} times the rule's choice"
+    return "scaled, the rule's choice" if case.factor == 1 else f"scaled, {case.factor:g} times the rule's choice"
 
 
 def _against(name: str, values: Sequence[float], other_name: str, others: Sequence[float]) -> str:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -412,3 +413,33 @@ def test_on_digits_scaling_brings_the_loss_of_eight_times_the_batch_to_a_quarter
         short = [replace(case, samples=case.samples // 2) for case in (unscaled, with_rule)]
         unscaled_loss, scaled_loss = (scaling.train(case)["validation_loss"] for case in short)
         assert scaled_loss <= unscaled_loss / 4
+
+
+@pytest.mark.parametrize(("name", "page_name"), [("scaling", "scaling_rules"), ("sharpness_seeds", "cli")])
+def test_the_tables_of_the_docs_are_those_of_the_results(name: str, page_name: str) -> None:
+    module = benchmark(name)
+    found = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    page_text = (ROOT / "docs" / f"{page_name}.md").read_text()
+    said = module.report(found)
+    table = [line for line in said.splitlines() if line.startswith("|")]
+    assert len(table) > 6
+    assert [line for line in table if line not in page_text] == []
+    # And every difference that the words rest on.
+    differences = re.findall(r"[+-]?(\d[\d.]* ± [\d.]*\d)\.$", said, flags=re.MULTILINE)
+    assert [each for each in differences if each not in " ".join(page_text.split())] == []
+
+
+def test_why_scaling_did_not_help_is_said_as_far_as_the_numbers_show_it() -> None:
+    behind = scale_words.scaled_rate(scaled(2.9))
+    noisy = scale_words.scaled_rate(scaled(2.9, gradient_squared=Estimate(0.01, 0.0005)))
+    assert behind is not None
+    assert noisy is not None
+    assert "of 64 samples they are not, where accumulation ended (noise scale 12.8)" in behind.text
+    assert "mostly noise" not in noisy.text
+    assert "On the way it was ahead" not in behind.text
+    early = replace(scaled(2.9).results["scaled"].course, validation_losses=[(0, 5.5), (512, 2.4), (1024, 2.9)])  # type: ignore[type-var]
+    base = scaled(2.9)
+    ahead = replace(base, results={**base.results, "scaled": replace(base.results["scaled"], course=early)})
+    found = scale_words.scaled_rate(ahead)
+    assert found is not None
+    assert "On the way it was ahead, by 0.600 after 512 samples." in found.text

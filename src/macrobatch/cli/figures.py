@@ -170,7 +170,7 @@ def noise_over_samples(axes: Axes, comparison: Comparison) -> None:
     axes.set(xlabel="samples", ylabel="noise scale in samples", yscale="log", ylim=(min(seen) / 2, max(seen) * 2))
     _plain_ticks(axes)
     thousands(axes)
-    axes.legend()
+    axes.legend(loc="lower right")
 
 
 def sharpness_bars(axes: Axes, comparison: Comparison) -> None:

@@ -9,6 +9,8 @@ from macrobatch.cli.seeds import interval_of
 
 CLEAR = 3.0  # standard errors beyond which a difference is taken for real
 
+EQUAL_LOSS = 0.01  # validation losses closer than this are called equal
+
 
 @dataclass(frozen=True)
 class Finding:

@@ -4,7 +4,7 @@ import math
 
 from macrobatch.batch_tradeoff import gain, in_samples
 from macrobatch.cli.comparison import Comparison, Key
-from macrobatch.cli.finding import Finding, course_of, is_clear, loss_difference, seed_difference
+from macrobatch.cli.finding import EQUAL_LOSS, Finding, course_of, is_clear, loss_difference, seed_difference
 from macrobatch.cli.formats import counted, number_text, with_error
 from macrobatch.cli.seeds import interval_of
 
@@ -51,8 +51,7 @@ def _verdict(comparison: Comparison, sign: int) -> tuple[str, str]:
         )
     if sign > 0:
         return f"Scaling the learning rate did not help {where}: it made the loss higher", (
-            "The rate was near its largest useful value already, or gradients are less noisy than the rule assumes. A "
-            "rule is a first guess: try rates in between."
+            f"{_lead(comparison)}{_why_not(comparison)} A rule is a first guess: try rates in between."
         )
     behind = loss_difference(comparison, "scaled", "small")
     catches_up = {
@@ -64,6 +63,26 @@ def _verdict(comparison: Comparison, sign: int) -> tuple[str, str]:
         f"{catches_up}That says that the rate was too small for the large batch, not that the rule's is the best: try "
         "half and twice."
     )
+
+
+def _lead(comparison: Comparison) -> str:
+    """By how much the scaled rate was ahead on the way, in the first run, before it fell behind."""
+    scaled, unscaled = course_of(comparison, "scaled"), course_of(comparison, "accumulated")
+    assert scaled is not None
+    assert unscaled is not None
+    pairs = zip(scaled.validation_losses, unscaled.validation_losses, strict=True)
+    lead, samples = max((other - loss, samples) for (samples, loss), (_, other) in pairs)
+    return f"On the way it was ahead, by {lead:.3f} after {samples:,} samples. " if lead > EQUAL_LOSS else ""
+
+
+def _why_not(comparison: Comparison) -> str:
+    scale, large = comparison.noise_scale, comparison.batch_size
+    if is_clear(comparison.gradient_squared) and scale.value + 2 * scale.standard_error < large:
+        return (
+            f"Rules hold while gradients are mostly noise; of {large} samples they are not, where accumulation ended "
+            f"(noise scale {in_samples(scale.value)}). Or the rate was near its largest useful value already."
+        )
+    return "The rate was near its largest useful value already."
 
 
 # ------------------------------------------------------------------------------------------------ the noise scale

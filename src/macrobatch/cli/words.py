@@ -1,11 +1,10 @@
 """The reading of a comparison in words, every one of them drawn from the numbers and their uncertainty."""
 
 from macrobatch.cli.comparison import Comparison, Estimate, ratio_of, time_ratio
-from macrobatch.cli.finding import CLEAR, Finding, course_of, is_clear, loss_difference
+from macrobatch.cli.finding import CLEAR, EQUAL_LOSS, Finding, course_of, is_clear, loss_difference
 from macrobatch.cli.formats import bytes_text, number_text, seconds_text, with_error
 from macrobatch.cli.scale_words import noise, scaled_rate, sharpness
 
-EQUAL_LOSS = 0.01  # validation losses closer than this are called equal
 EQUAL_TIME = 0.03  # time ratios closer to one than this are called equal, if they are known as closely
 WIDE = 0.15  # a time ratio whose uncertainty is larger, relative to it, says nothing
 
