@@ -57,11 +57,25 @@ def advanced(schedule: mb.BatchSchedule) -> None:
     schedule.observe(1.0 + schedule.samples)
 
 
+def spike_guard() -> mb.SpikeGuard:
+    model = regressor()
+    return mb.SpikeGuard(model, torch.optim.SGD(model.parameters(), lr=0.0), policy="skip", window=6, min_updates=2)
+
+
+def checked(guard: mb.SpikeGuard) -> None:
+    (model,) = guard._run.modules
+    x, y = points()
+    spike = 1000 if guard.num_accepted == 5 and not guard.flags_in_a_row else 1 + 0.1 * guard.num_accepted
+    guard.check(mb.Accumulator(model, mean_square, micro_batch_size=8).run((x, y * spike)))
+    clear(model)
+
+
 MAKERS: dict[str, tuple[Callable[[], Any], Callable[[Any], None], Callable[[Any], object]]] = {
     "Accumulator": (accumulator, lowered_and_run, lambda made: (made.micro_batch_size, made._learned.exponent)),
     "SizeLimit": (lambda: SizeLimit(20), ended, lambda made: (made.current, made.patience)),
     "AutoSize": (auto, searched, lambda made: (made.current, made.is_found)),
     "GradientNoiseScale": (mb.GradientNoiseScale, observed, lambda made: repr(made.estimate())),
+    "SpikeGuard": (spike_guard, checked, lambda made: (made.num_accepted, made.flags_in_a_row, list(made.norms))),
     "BatchSchedule": (
         lambda: mb.BatchSchedule.doubling(3, largest=96),
         advanced,
