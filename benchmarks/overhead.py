@@ -6,14 +6,18 @@ millisecond (a perceptron) to those of the built-in task `code-lm` at its defaul
 Three contestants run the same windows in turn, in an order drawn anew for each round: the loop everybody writes by hand
 (`(loss / K).backward()`), the same loop again (the floor: what noise alone shows), and `Accumulator.run`. The reported
 ratio is the median over rounds of time / time of the hand-written loop in the same round, with its quartiles.
-The optimizer's step is not timed: it is the same for all. Results with machine and versions: benchmarks/results/.
+The optimizer's step is not timed: it is the same for all. The C library is told to keep the memory that is freed:
+otherwise page faults, which depend on what lies where in the heap, move every contestant by several percent.
+Results with machine and versions: benchmarks/results/.
 """
 
 import argparse
 import json
+import os
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +30,11 @@ from torch.nn import functional as F
 import macrobatch as mb
 
 K = 8
+KEEP_MEMORY = {
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TOP_PAD_": str(2**27),
+}
 
 
 def tiny_mlp(num_samples: int = 32) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
@@ -60,6 +69,7 @@ def small_transformer(
 CASES: dict[str, Callable[[], tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]]] = {
     "tiny MLP, 32 samples": tiny_mlp,
     "tiny MLP, 64 samples": partial(tiny_mlp, 64),
+    "tiny MLP, 128 samples": partial(tiny_mlp, 128),
     "small transformer, 8 x 64 tokens": partial(small_transformer, 8, 64),
     "small transformer, 16 x 128 tokens": small_transformer,
 }
@@ -116,6 +126,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    if sys.platform == "linux" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
     torch.set_num_threads(arguments.threads)
     results: dict[str, object] = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",

@@ -38,6 +38,9 @@ from macrobatch.unscaling import Unscaler
 from macrobatch.ways import BatchNorm, Running, warn_of_coupling, way_of
 from macrobatch.window_pass import Autocast, LossFn, Recipe, WindowPass
 
+NO_BATCH = (DataLoader, Iterator, Windows)
+EMPTY = "the effective batch is empty: no rank has a sample. Skip empty batches before run"
+
 
 class Accumulator:
     """Runs windows through `loss_fn(model, micro_batch)`: the effective batch's gradient in a micro-batch's memory.
@@ -174,24 +177,27 @@ class Accumulator:
 
     def _agree_on_window(self, batch: Nested, ranks: Ranks) -> tuple[Window, bool]:
         """The window to run, and whether every rank has a micro-batch. Bad input on one rank raises on all of them."""
+        if ranks.size == 1:
+            window = self._window(batch)
+            if next(window.sized(), None) is None:  # draws the first micro-batch
+                raise ValueError(EMPTY)
+            return window, True
         error: Exception | None = None
         window = Window([])
         try:
             window = self._window(batch)
-            has_one = next(window.sized(), None) is not None  # draws the first micro-batch
+            has_one = next(window.sized(), None) is not None
         except Exception as bad_input:
-            if ranks.size == 1:
-                raise
             error, has_one = bad_input, False
         failed, some_run, some_idle = ranks.any_of(error is not None, has_one, not has_one)
         if failed:
             raise error or RuntimeError("another rank could not make its window: see its error")
         if not some_run:
-            raise ValueError("the effective batch is empty: no rank has a sample. Skip empty batches before run")
+            raise ValueError(EMPTY)
         return window, not some_idle
 
     def _window(self, batch: Nested) -> Window:
-        if isinstance(batch, DataLoader | Iterator | Windows):
+        if isinstance(batch, NO_BATCH):
             raise ValueError(
                 f"run takes one effective batch at a time, got a {type(batch).__name__}: for batch in loader: "
                 "run(batch), or for window in windows(loader, accumulation_steps=8): run(window)"

@@ -91,6 +91,7 @@ class WindowGradients:
         self._add = add
         self._widened = [p for p in self.parameters if not _accumulates_as_it_is(p, grad_dtype)]
         self._apart = self.parameters if apart else [] if HAS_GRAD_DTYPE else self._widened
+        self.adds_up_itself = bool(self._apart)  # not autograd alone: `absorb` is needed
         self._sums: dict[int, Tensor] = {}  # by id of the parameter, for those that autograd does not add up itself
 
     @property
@@ -275,7 +276,8 @@ def norm_of(gradients: Iterable[Tensor | None]) -> Tensor:
     norms += torch._foreach_norm(low, 2, dtype=torch.float32) if low else []
     if not norms:
         return torch.tensor(0.0)
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    together: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    return together
 
 
 def _values(gradient: Tensor) -> Tensor:

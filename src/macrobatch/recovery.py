@@ -83,9 +83,17 @@ class Recovery:
                 pending.extend(self._parts(attempt, self._limit.current))
                 continue
             before = [(p.grad, None if p.grad is None else p.grad._version) for p in self._parameters]
-            message = self._try(attempt, step)
-            if message is None:
+            self._micro_batch_start.remember(self._device)
+            message = ""
+            try:
+                step(attempt)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                message = str(error).split("\n")[0] or "no memory left"
+            if not message:
                 continue
+            self._undo_forward()  # here the error is gone, and with its traceback the graph: their memory is free again
             self.retries += 1
             if attempt.has_communicated:
                 raise torch.OutOfMemoryError(_communicating_message(message)) from None
@@ -95,22 +103,12 @@ class Recovery:
             attempt.inputs = self._undone(attempt, before)
             pending.append(attempt)
 
-    def _try(self, attempt: Attempt, step: Callable[[Attempt], None]) -> str | None:
-        """None if `step` succeeded, else what the error said; then random numbers and buffers are as before."""
-        self._micro_batch_start.remember(self._device)
-        try:
-            step(attempt)
-            return None
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            message = str(error).splitlines()[0]
-        # Here the error is gone, and with its traceback the graph: their memory is free again.
+    def _undo_forward(self) -> None:
+        """Random numbers and buffers are as before the micro-batch, and what was freed can be used again."""
         gc.collect()
         if self._device is not None and self._device.type == "cuda":
             torch.cuda.empty_cache()
         self._micro_batch_start.restore()
-        return message
 
     def _undone(self, attempt: Attempt, before: list[tuple[Tensor | None, int | None]]) -> list[nn.Parameter] | None:
         """The parameters that the failed backward has not reached; None if it did not start, RunAgain if unknown."""

@@ -29,12 +29,11 @@ class Tally:
 
     def add(self, terms: Terms, num_samples: int) -> None:
         """One micro-batch of `num_samples` samples is counted; if an allocation here fails, nothing of it is."""
-        is_empty = terms.is_empty  # then its sum may be NaN
-        sums = {name: 0.0 if is_empty else _kept(value) for name, value in terms.sums.items()}
-        metrics = {name: _kept(value) for name, value in terms.metrics.items()} if terms.metrics else {}
+        # Where there are no terms, their sum may be NaN.
+        sums = {name: 0.0 if terms.is_empty else _kept(value) for name, value in terms.sums.items()}
+        if terms.metrics:
+            self._metrics.append({name: _kept(value) for name, value in terms.metrics.items()})
         self._sums.append((sums, terms.multiplier))
-        if metrics:
-            self._metrics.append(metrics)
         self.sizes.append(num_samples)
         if terms.weight is not None:
             self.weights.append(terms.weight)
@@ -90,7 +89,7 @@ def _kept(value: Count) -> Count:
     """
     if not isinstance(value, Tensor):
         return value
-    if value.device.type == "cpu":
+    if value.is_cpu:
         return float(value.item())
     value = value.detach()
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
@@ -112,18 +111,20 @@ class Totals:
 
 def total(parts: Sequence[Part], device: torch.device) -> Count:
     """The sum of value times multiplier: a number if all values can be read without a sync, else of shape ()."""
-    numbers = _sum([value * times for part, times in parts if (value := known(part)) is not None])
-    scalars = [
-        (value.to(device), times) for value, times in parts if isinstance(value, Tensor) and known(value) is None
-    ]
+    numbers, scalars = [], []
+    for value, times in parts:
+        if isinstance(value, Tensor) and not value.is_cpu:
+            scalars.append((value.to(device), times))
+        else:
+            numbers.append(float(value) * times)
     if not scalars:
-        return numbers
+        return _sum(numbers)
     if any(value.dtype != scalars[0][0].dtype for value, _ in scalars):
         scalars = [(value.double(), times) for value, times in scalars]
     summands = torch.stack([value for value, _ in scalars]).double()
     if any(times != 1 for _, times in scalars):
         summands = summands * torch.tensor([times for _, times in scalars], dtype=torch.float64, device=device)
-    return summands.sum() + numbers
+    return summands.sum() + _sum(numbers)
 
 
 def _sum(numbers: Sequence[float]) -> float:
@@ -135,7 +136,7 @@ def _sum(numbers: Sequence[float]) -> float:
 
 def as_scalar(value: Count, device: torch.device) -> Tensor:
     """The value as a tensor of shape (), float64 unless it was one already."""
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device=device)
+    return value if isinstance(value, Tensor) else torch.scalar_tensor(value, dtype=torch.float64, device=device)
 
 
 def mean(total_: Count, divisor: Count) -> Count:

@@ -100,9 +100,7 @@ class OneByOne:
         stopwatch = running.limit.stopwatch(pass_.home)
         for micro_batch, num_samples, is_last in on_device(running.window.sized(), pass_.device):
             recovery.run(micro_batch, num_samples, is_last, step)
-            pass_.measure(gradients)
-            gradients.absorb()
-            pass_.refuse_strays()
+            pass_.micro_batch_ended(gradients)
             if stopwatch is not None:
                 stopwatch.lap(num_samples)
             del micro_batch  # or three of them would be on the device at once

@@ -45,11 +45,7 @@ class Terms(NamedTuple):  # one for each micro-batch: a tuple is made in a fifth
     weight: Count | None
     metrics: Mapping[str, Count]
     is_mean: bool = False
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to run backward on, as far as can be known without a host sync."""
-        return not self.sums or (self.weight is not None and known(self.weight) == 0)
+    is_empty: bool = False  # whether there is nothing to run backward on, as far as is known without a host sync
 
 
 def terms_of(output: Any, num_samples: int, has_count: bool) -> Terms:
@@ -67,7 +63,8 @@ def terms_of(output: Any, num_samples: int, has_count: bool) -> Terms:
         raise ValueError(f"{{name: loss_sum}} needs Accumulator(..., count=), which tells each denominator. {FORMS}")
     weight = None if loss.weight is None else checked_count(loss.weight, "loss_weight")
     metrics = {name: _checked_metric(value, name) for name, value in loss.metrics.items()} if loss.metrics else {}
-    return Terms(sums, num_samples if is_mean else 1, weight, metrics, is_mean)
+    is_empty = not sums or (weight is not None and known(weight) == 0)
+    return Terms(sums, num_samples if is_mean else 1, weight, metrics, is_mean, is_empty)
 
 
 def _as_loss(output: Any, num_samples: int, has_count: bool) -> Loss:
@@ -128,8 +125,8 @@ def checked_count(weight: Any, name: str) -> Count:
 
 def known(weight: Count) -> float | None:
     """The value of a count where reading it costs no host sync, else None."""
-    if type(weight) is float:
-        return weight
+    if type(weight) is float or type(weight) is int:
+        return float(weight)
     if isinstance(weight, Tensor):
         return float(weight.item()) if weight.device.type == "cpu" else None
     return float(weight)

@@ -58,8 +58,9 @@ class WindowPass:
         self.recipe = recipe
         self.learned = learned
         self.parameters = parameters
-        self.replicas = ddp_modules(recipe.modules) if is_distributed() else []
-        self.ranks = Ranks.of(recipe.process_group, self.replicas)
+        several = is_distributed()
+        self.replicas = ddp_modules(recipe.modules) if several else []
+        self.ranks = Ranks.of(recipe.process_group, self.replicas) if several else Ranks(None)
         self.device = recipe.device or device_of(parameters)
         self.home = self.device or parameters[0].device  # where sums are kept
         self._autocast = _around_forward(recipe.autocast, self.home)
@@ -138,23 +139,33 @@ class WindowPass:
             self._backward(all_terms, Attempt(None, 0, is_last=True), chains)
 
     def _backward(self, all_terms: Sequence[Terms], attempt: Attempt, chains: Sequence[Tensor] = ()) -> None:
-        named = [(name, terms) for terms in all_terms for name in terms.sums]
-        losses = [terms.sums[name] for name, terms in named]
-        for (name, _), loss_sum in zip(named, losses, strict=True):
-            if not loss_sum.requires_grad:
-                raise ValueError(
-                    f"the {name} does not depend on any trainable parameter (it requires no gradient): was it "
-                    "detached, or computed under torch.no_grad()? For a micro-batch without terms return (0, 0)"
-                )
-        self._seeds.agree(all_terms[0].weight if all_terms else None)
+        if self.learned.exponent is None:
+            self._seeds.agree(all_terms[0].weight if all_terms else None)
+        losses, seeds = list(chains), [torch.zeros_like(chain) for chain in chains]
+        for terms in all_terms:
+            for name, loss_sum in terms.sums.items():
+                if not loss_sum.requires_grad:
+                    raise ValueError(
+                        f"the {name} does not depend on any trainable parameter (it requires no gradient): was it "
+                        "detached, or computed under torch.no_grad()? For a micro-batch without terms return (0, 0)"
+                    )
+                losses.append(loss_sum)
+                seeds.append(self._seeds.of(name, terms))
         if not self.learned.knows_leaves and self._strays is None:
             self._strays = StrayLeaves(losses, self.parameters, self.recipe.loss_fn)
         if attempt.inputs == []:
             return  # every parameter has its gradient from before the micro-batch ran out of memory
-        seeds = [self._seeds.of(name, terms) for name, terms in named]
         attempt.started_backward = True
-        seeds += [torch.zeros_like(chain) for chain in chains]
-        torch.autograd.backward([*losses, *chains], seeds, inputs=attempt.inputs)
+        torch.autograd.backward(losses, seeds, inputs=attempt.inputs)
+
+    def micro_batch_ended(self, gradients: WindowGradients) -> None:
+        """After each micro-batch, in however many parts: what is its own is measured, and it joins the window's sum."""
+        if self._measurement is not None:
+            self.measure(gradients)
+        if gradients.adds_up_itself:
+            gradients.absorb()
+        if self._strays is not None:
+            self.refuse_strays()
 
     def refuse_strays(self) -> None:
         """ValueError if the first loss graph, gone by now, had leaves outside of the model that live on."""
