@@ -171,6 +171,6 @@ def _single_sample_message(message: str) -> str:
 def _communicating_message(message: str) -> str:
     return (
         f"out of memory in the backward in which DDP communicates, which other ranks are part of: {message}. Give a "
-        "smaller micro_batch_size, or overlap=False, with which DDP's gradients are reduced after the last backward and "
-        "such errors are recovered everywhere"
+        "smaller micro_batch_size, or overlap=False, with which DDP's gradients are reduced after the last backward, "
+        "and such errors are recovered everywhere"
     )
