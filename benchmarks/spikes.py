@@ -43,6 +43,7 @@ TARGETS = {  # validation loss over the clean one: at least, at most
     ("b", "skip"): (1.02, None),
 }
 MOST_FALSE_ALARMS = 2.0  # per 1000
+TASK_OPTIONS: dict[str, Any] = {}  # the task as it is; a test has a smaller model
 
 Batch = tuple[Tensor, Tensor]
 
@@ -67,7 +68,7 @@ class Training:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.task: Task = load_task("code-lm", seed=seed)
+        self.task: Task = load_task("code-lm", seed=seed, **TASK_OPTIONS)
         self.optimizer = self.task.make_optimizer(self.task.model, RATE)
         self.accumulator = mb.Accumulator(self.task.model, byte_loss, micro_batch_size=8)
         self.run = Run([self.task.model], [self.optimizer])
@@ -195,15 +196,18 @@ def table(runs: Runs, seeds: Sequence[int]) -> str:
         lines.append(f"| {SAYS[event]} | {NAMES[policy]} | {each} | {promised} | {note} |")
     judged = sum(runs[f"clean {s}"]["judged"] for s in seeds)
     alarms = sum(len(runs[f"clean {s}"]["flagged"]) for s in seeds)
+    guarded = [runs[f"{event} rollback {s}"] for event in EVENTS for s in seeds]
+    later = sum(int(t) > EVENTS["a"] for run in guarded for t in run["flagged"])
+    scales = ", ".join(f"{run['lr_scale']:g}" for run in guarded)
     losses = ", ".join(f"{runs[f'clean {s}']['validation_loss']:.3f}" for s in seeds)
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Clean validation losses: {losses}. False alarms: {alarms} in {judged} clean updates, "
-            f"{1000 * alarms / judged:.2f} per 1000 (at most {MOST_FALSE_ALARMS:g} promised).",
-        ]
-    )
+    words = [
+        f"Clean validation losses: {losses}.",
+        f"False alarms: {alarms} in {judged} clean updates, {1000 * alarms / judged:.2f} per 1000 (at most "
+        f"{MOST_FALSE_ALARMS:g} promised).",
+        f"After the events {later} more windows were flagged in the {len(guarded)} runs with rollback, whose rates "
+        f"ended at {scales} times the clean one.",
+    ]
+    return "\n".join([*lines, "", " ".join(words)])
 
 
 def names(seeds: Sequence[int]) -> list[str]:
