@@ -1,6 +1,6 @@
 """What measuring the gradient noise costs, and that its value does not depend on the cut: python benchmarks/noise.py.
 
-Cost: the same window of the small transformer of overhead.py (K = 8 micro-batches of 8 sequences) with `measure=None`,
+Cost: the same window of the small transformer of overhead.py (K = 8 micro-batches of 16 sequences) with `measure=None`,
 the same again (the floor: what noise alone shows), "norms" with `GradientNoiseScale.observe`, and "squares", in an
 order drawn anew for each round; the ratio to `measure=None` of the same round, its median and quartiles. The target for
 "norms" is at most 1.03. Cut: the same windows of 64 sequences at the same parameters, cut into 2 to 64 micro-batches;
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from overhead import K, SmallTransformer, small_transformer
+from overhead import K, SmallTransformer, keep_memory, small_transformer
 from torch import nn
 from torch.nn import functional as F
 
@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    keep_memory()
     torch.set_num_threads(arguments.threads)
     results: dict[str, object] = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
