@@ -50,7 +50,8 @@ def test_windows_with_shuffled_labels_do_no_harm_under_a_guard(runs: Any) -> Non
 def test_steps_that_are_flagged_only_afterwards_are_undone(runs: Any) -> None:
     ratio, flagged, _ = runs("b", "rollback")
     assert min(flagged) >= 1, "the first bad step could not be seen before it was made"
-    assert flagged[min(flagged)] == "rolled_back"
+    first = min(flagged)
+    assert "rolled_back" in (flagged[first], flagged[first + 1]), "back at the second flag in a row at the latest"
     assert ratio < 1.05
     assert runs("b", "off")[0] > 1.05, "control"
 

@@ -114,10 +114,14 @@ def test_the_table_of_detectors() -> None:
     assert alarms < 2
     assert recall > 0.99
     # The controls: one fires far too often, the other is blinded by the spikes that it has taken in.
-    assert false_alarms_and_recall(zclip, heavy=False)[0] > 10
-    assert false_alarms_and_recall(zclip, heavy=True)[0] > 20
-    assert false_alarms_and_recall(rolling_sigma, heavy=False)[1] < 0.9
-    assert false_alarms_and_recall(rolling_sigma, heavy=True)[1] < 0.9
+    for heavy, least in ((False, 10), (True, 20)):
+        alarms, recall = false_alarms_and_recall(zclip, heavy)
+        assert alarms > least
+        assert recall > 0.99
+    for heavy, most in ((False, 0), (True, 2)):
+        alarms, recall = false_alarms_and_recall(rolling_sigma, heavy)
+        assert alarms <= most
+        assert recall < 0.9
 
 
 # ---- what a rollback brings back
@@ -181,6 +185,36 @@ def test_a_window_that_is_not_finite_twice_in_a_row_is_one_to_go_back_from() -> 
     mine.train(windows(40, bad=[34, 35, 36], by=math.nan), mine.guard(**UNCHANGED_LR))
     assert mine.kinds[34:38] == ["skipped", "rolled_back", "skipped", "accepted"]
     assert_same(mine.state(), Training().train([*windows(40)[:30], *windows(40)[37:]]).state())
+
+
+def test_a_large_gradient_at_a_normal_loss_is_left_out_and_gone_back_from_only_if_the_next_is_flagged_too() -> None:
+    class Steep(nn.Module):
+        """Its loss is as ever, and its gradient as large as the batch says."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def loss_fn(model: Steep, batch: Tensor) -> tuple[Tensor, int]:
+        return ((model.w - model.w.detach()) * batch[:, 0] + batch[:, 1]).sum(), len(batch)
+
+    def kinds(steep: list[int]) -> list[str]:
+        model = Steep()
+        accumulator = mb.Accumulator(model, loss_fn, micro_batch_size=4)
+        optimizer = SGD(model.parameters(), lr=0.1)
+        guard = mb.SpikeGuard(model, optimizer, **QUICK)
+        found = []
+        for t, (x, _) in enumerate(windows(40)):
+            batch = 3 + 0.1 * x[:, :2]
+            batch[:, 0] *= 100 if t in steep else 1
+            verdict = guard.check(report := accumulator.run(batch))
+            found.append(verdict.kind)
+            if verdict.accepted:
+                mb.apply_update(optimizer, report)
+        return found[34:38]
+
+    assert kinds([34]) == ["skipped", "accepted", "accepted", "accepted"]
+    assert kinds([34, 35, 36]) == ["skipped", "rolled_back", "skipped", "accepted"]
 
 
 def test_windows_flagged_after_a_rollback_only_are_skipped_for_the_state_is_the_snapshot() -> None:
@@ -253,10 +287,7 @@ def ruined(policy: str, **options: Any) -> tuple[Training, float]:
     mine = Training(lambda model: AdamW(model.parameters(), lr=0.01), lambda o: None, micro_batch_size=8)
     guard = mine.guard(policy=policy, **options) if policy else None
     for t, batch in enumerate(windows(160)):
-        factor = 3000 if t in range(60, 64) else 1
-        mine.optimizer.param_groups[0]["lr"] *= factor
-        mine.train([batch], guard)
-        mine.optimizer.param_groups[0]["lr"] /= factor
+        mine.train([batch], guard, factor=3000 if t in range(60, 64) else 1)
     return mine, mine.loss()
 
 
@@ -264,7 +295,7 @@ def test_going_back_recovers_from_steps_that_were_flagged_only_afterwards() -> N
     clean = Training(make_scheduler=lambda o: None, micro_batch_size=8).train(windows(160))
     mine, guarded = ruined("rollback", **UNCHANGED_LR)
     assert mine.kinds[60] == "accepted", "nothing shows before the first bad step"
-    assert mine.kinds[61] == "rolled_back"
+    assert "rolled_back" in mine.kinds[61:63]
     assert guarded < 1.1 * clean.loss()
     _, unguarded = ruined("")
     assert unguarded > 3 * clean.loss()

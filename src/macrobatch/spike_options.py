@@ -14,8 +14,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from macrobatch.batch import check_size
 from macrobatch.distributed import is_distributed
 from macrobatch.gradients import modules_of, trainable
+from macrobatch.report import Report
 from macrobatch.saving import InMemory, OnDisk, check_storable
 from macrobatch.snapshots import Run, Stateful
+from macrobatch.spike_values import Seen
 
 Policy = Literal["rollback", "skip", "warn"]
 
@@ -121,3 +123,23 @@ def store_of(run: Run, folder: str | Path | None, device: torch.device | str | N
     except OSError as error:
         raise ValueError(f"snapshots cannot be written to the folder {folder}: {error}") from error
     return store
+
+
+def check_report(report: object, run: Run, policy: Policy) -> None:
+    """ValueError for anything but a Report, and for one with a scaler that would not go back with the rest."""
+    if not isinstance(report, Report):
+        raise ValueError(f"check takes the Report that Accumulator.run returned, got a {type(report).__name__}")
+    if policy == "rollback" and report.scaler is not None and report.scaler is not run.scaler:
+        raise ValueError(
+            "the Accumulator has a GradScaler that the guard was not given, so that it would not go back with the "
+            "rest: SpikeGuard(..., scaler=scaler)"
+        )
+
+
+def refuse_missing(seen: Seen, run: Run) -> None:
+    """ValueError if the window had a loss, and there are no gradients of it any more."""
+    if seen.has_terms and all(p.grad is None for p in run.parameters):
+        raise ValueError(
+            "none of the parameters has a gradient: call check(report) after accumulator.run and before apply_update, "
+            "which drops them"
+        )

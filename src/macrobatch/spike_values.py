@@ -13,6 +13,12 @@ from macrobatch.gradients import norm_of
 from macrobatch.outliers import norm_ratios
 from macrobatch.report import Report
 
+HOPELESS = (
+    "Parameters are those after {} accepted updates, and training from there does not recover: look at the data, start "
+    "from an older checkpoint with a lower learning rate, or raise threshold if such values are normal here. Where "
+    "batches are drawn from torch's own generator, going back draws the same ones again: give the loader its own, or "
+    "restore_random=False"
+)
 BLAMED = 4.0  # times the mean of the window's other micro-batches
 
 

@@ -19,17 +19,17 @@ from macrobatch.gradients import norm_of
 from macrobatch.outliers import spike_score
 from macrobatch.report import Report
 from macrobatch.snapshots import BeforeWindow, Stateful, capture, restore
-from macrobatch.spike_options import Policy, check_options, run_of, store_of
+from macrobatch.spike_options import Policy, check_options, check_report, refuse_missing, run_of, store_of
 from macrobatch.spike_rates import RateScale
-from macrobatch.spike_values import Seen, SpikeError, SpikeVerdict, culprit, describe, see
+from macrobatch.spike_values import HOPELESS, Seen, SpikeError, SpikeVerdict, culprit, describe, see
 from macrobatch.update import apply_update
 
 logger = logging.getLogger("macrobatch")
 
-SPARED = 1  # windows in a row that are not finite and only skipped: the next one is a spike
+SPARED = 1  # flags in a row that only skip, unless the loss is a spike: the window may be at fault, and not the run
 HISTORIES = ("losses", "norms", "sizes", "variances", "squared_means")  # of the last accepted windows
 POSITION = ("num_accepted", "since_snapshot")  # goes back with the run
-COUNTS = ("flags_in_a_row", "nonfinite_in_a_row", "rollbacks", "lr_scale", "warmed_up")  # stay when it does
+COUNTS = ("flags_in_a_row", "rollbacks", "lr_scale", "warmed_up")  # stay when it does
 
 
 class SpikeGuard:
@@ -39,14 +39,15 @@ class SpikeGuard:
     standard deviations above the last `window` accepted ones (median and MAD), once there are `min_updates`, or where
     it is not finite. `model`: one or several modules, that hold all that `optimizer` (one or several) trains.
 
-    `policy`: "warn" says so; "skip" drops the gradients of the window; "rollback" also goes back to the snapshot made
-    every `snapshot_every` accepted updates, of the parameters trained, buffers, optimizers, `scheduler` (one or
-    several, all that there are), `scaler`, `stateful` things (anything with `state_dict` and `load_state_dict`, but
-    not the data: that goes on) and torch's random numbers, unless `restore_random` is False, for loops that draw
-    their batches from torch's own generator. Then every learning rate is `lr_factor` times what it was,
-    for good, and is reached again over `warmup_updates`. Snapshots stay in memory on `snapshot_device` (None: where
-    the tensors are), or in files in `folder`, one for each rank. `max_rollbacks` in all, or `max_flags_in_a_row`, and
-    `check` raises `SpikeError`; with "warn" so many in a row are the new normal. ValueErrors before training starts.
+    `policy`: "warn" says so; "skip" drops the gradients of the window; "rollback" also goes back to the last snapshot
+    where the loss is a spike, and where other windows are flagged twice in a row. One is made every `snapshot_every`
+    accepted updates, of the parameters trained, buffers, optimizers, `scheduler` (one or several, all that there are),
+    `scaler`, `stateful` things (anything with `state_dict` and `load_state_dict`, but not the data: that goes on) and
+    torch's random numbers, unless `restore_random` is False, for loops that draw their batches from torch's own
+    generator. Then every learning rate is `lr_factor` times what it was, for good, and is reached again over
+    `warmup_updates`. Snapshots stay in memory on `snapshot_device` (None: where the tensors are), or in files in
+    `folder`, one for each rank. `max_rollbacks` in all, or `max_flags_in_a_row`, and `check` raises `SpikeError`; with
+    "warn" so many in a row are the new normal. ValueErrors before training starts.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class SpikeGuard:
         self.variances, self.squared_means = (deque[float](maxlen=window) for _ in range(2))
         self.num_accepted = 0
         self.since_snapshot = 0  # accepted updates that a rollback would undo
-        self.flags_in_a_row = self.nonfinite_in_a_row = self.rollbacks = 0
+        self.flags_in_a_row = self.rollbacks = 0
         self.lr_scale = 1.0  # what rates are multiplied by, once warmed up
         self.warmed_up = 0  # updates since the last rollback, at most warmup_updates
 
@@ -97,23 +98,25 @@ class SpikeGuard:
         random numbers are those of a run that never saw it. Every rank calls it, and gets the same kind. One host
         sync. `SpikeError` when it gives up.
         """
-        self._check_report(report)
+        check_report(report, self._run, self.policy)
         seen = see(report, self._run.parameters)
         scores = self._scores(seen)
         ranks = Ranks(report.process_group)
         overflows = seen.has_terms and report.scaler is not None and report.scaler.is_enabled()
         overflows = overflows and math.isfinite(seen.loss) and not math.isfinite(seen.grad_norm)
-        is_spike = any(score is not None and score > self.threshold for score in scores)
-        self._refuse_missing(seen)
-        empty, overflow, broken, spike = ranks.any_of(not seen.has_terms, overflows, not seen.is_finite, is_spike)
+        high = [score is not None and score > self.threshold for score in scores]
+        refuse_missing(seen, self._run)
+        empty, overflow, broken, high_loss, high_norm = ranks.any_of(
+            not seen.has_terms, overflows, not seen.is_finite, *high
+        )
         told = (seen.loss, seen.grad_norm, *scores)
         if empty or overflow:
             why = "no loss terms" if empty else "the loss scale was too large"
             verdict = SpikeVerdict("skipped", why, *told)
             apply_update(self._run.optimizers, report)  # which makes no step, and lowers the loss scale
             self._before.restore(random_numbers=self._restore_random)
-        elif broken or spike:
-            verdict = self._flag(report, seen, scores, broken, ranks)
+        elif broken or high_loss or high_norm:
+            verdict = self._flag(report, seen, scores, broken, high_loss, ranks)
         else:
             self._accept(seen)
             verdict = SpikeVerdict("accepted", "", *told)
@@ -134,7 +137,7 @@ class SpikeGuard:
     # ---- accepted
 
     def _accept(self, seen: Seen) -> None:
-        self.flags_in_a_row = self.nonfinite_in_a_row = 0
+        self.flags_in_a_row = 0
         if self.policy == "rollback" and self._is_snapshot_due():
             self._take_snapshot()
         self.losses.append(seen.loss)
@@ -169,10 +172,15 @@ class SpikeGuard:
     # ---- flagged
 
     def _flag(
-        self, report: Report, seen: Seen, scores: tuple[float | None, float | None], broken: bool, ranks: Ranks
+        self,
+        report: Report,
+        seen: Seen,
+        scores: tuple[float | None, float | None],
+        broken: bool,
+        high_loss: bool,
+        ranks: Ranks,
     ) -> SpikeVerdict:
         self.flags_in_a_row += 1
-        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if broken else 0
         typical = [median(history) if history else math.nan for history in (self.losses, self.norms)]
         why = describe(seen, scores, self.threshold, typical)
         variance = median(self.variances) if self.variances else 1.0  # without any: noise alone
@@ -185,7 +193,7 @@ class SpikeGuard:
             logger.warning("spike: %s; applied all the same", why)
             return SpikeVerdict("warned", *told)
         self._drop(report)
-        is_lasting = not broken or self.nonfinite_in_a_row > SPARED
+        is_lasting = high_loss or self.flags_in_a_row > SPARED
         if self.policy == "rollback" and is_lasting and self.since_snapshot and not ranks.any(not saved):
             self._roll_back()
             verdict = SpikeVerdict("rolled_back", *told, back_to=self.num_accepted)
@@ -226,32 +234,10 @@ class SpikeGuard:
         what = f"{self.flags_in_a_row} windows in a row were flagged"
         if self.rollbacks > self.max_rollbacks:
             what = f"a spike came back after {self.max_rollbacks} rollbacks"
-        raise SpikeError(
-            f"{what}, the last because {why}. Parameters are those after {self.num_accepted} accepted updates, and "
-            "training from there does not recover: look at the data, start from an older checkpoint with a lower "
-            "learning rate, or raise threshold if such values are normal here. Where batches are drawn from torch's "
-            "own generator, going back draws the same ones again: give the loader its own, or restore_random=False"
-        )
+        raise SpikeError(f"{what}, the last because {why}. {HOPELESS.format(self.num_accepted)}")
 
     def _can_go_back(self) -> bool:
         return self._snapshot_of == [id(p) for p in self._run.parameters]
-
-    def _check_report(self, report: Report) -> None:
-        if not isinstance(report, Report):
-            raise ValueError(f"check takes the Report that Accumulator.run returned, got a {type(report).__name__}")
-        scaler = report.scaler
-        if self.policy == "rollback" and scaler is not None and scaler is not self._run.scaler:
-            raise ValueError(
-                "the Accumulator has a GradScaler that the guard was not given, so that it would not go back with the "
-                "rest: SpikeGuard(..., scaler=scaler)"
-            )
-
-    def _refuse_missing(self, seen: Seen) -> None:
-        if seen.has_terms and all(p.grad is None for p in self._run.parameters):
-            raise ValueError(
-                "none of the parameters has a gradient: call check(report) after accumulator.run and before "
-                "apply_update, which drops them"
-            )
 
     # ---- saved and loaded
 
