@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import macrobatch as mb
 from macrobatch.lanczos import lanczos, random_vector
@@ -329,6 +330,10 @@ def test_bad_input_is_refused() -> None:
         mb.stability_threshold(torch.optim.Adam(model.parameters()))
     with pytest.raises(ValueError, match="dampening 0"):
         mb.stability_threshold(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5))
+    with pytest.raises(ValueError, match="makes it one for"):
+        mb.sharpness(model, nn.CrossEntropyLoss(), batch)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="curvature is that of one batch, got a DataLoader"):
+        mb.sharpness(model, cross_entropy, DataLoader(TensorDataset(*batch)))
     frozen = small_net().requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         mb.sharpness(frozen, cross_entropy, batch)

@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from macrobatch.accumulator import Accumulator
+from macrobatch.arguments import check_loss_fn
 from macrobatch.batch import Window
 from macrobatch.coupling import coupled_layers
 from macrobatch.gradients import ddp_modules, modules_of, name_of, submodules
@@ -222,6 +224,7 @@ def hessian_of(
     empty batch, for no trainable parameter, for one in low precision, for layers that see several samples in eval mode
     if there are several micro-batches, and for DDP modules, whose hooks second derivatives do not pass.
     """
+    check_loss_fn(loss_fn)
     modules = [*modules_of(model), *([loss_fn] if isinstance(loss_fn, nn.Module) else [])]
     if method not in ("auto", "double-backward", "finite-differences"):
         raise ValueError(f"method must be 'auto', 'double-backward' or 'finite-differences', got {method!r}")
@@ -251,6 +254,10 @@ def _refuse_unfit(modules: Sequence[nn.Module], parameters: Sequence[nn.Paramete
 
 
 def _window(batch: Nested, micro_batch_size: int | None) -> Window:
+    if isinstance(batch, DataLoader | Iterator):
+        raise ValueError(
+            f"curvature is that of one batch, got a {type(batch).__name__}: give next(iter(loader)), or Window(list(loader))"
+        )
     window = batch if isinstance(batch, Window) else Window([batch])
     if micro_batch_size is not None:
         window = window.cut(micro_batch_size)
