@@ -256,7 +256,8 @@ def _refuse_unfit(modules: Sequence[nn.Module], parameters: Sequence[nn.Paramete
 def _window(batch: Nested, micro_batch_size: int | None) -> Window:
     if isinstance(batch, DataLoader | Iterator):
         raise ValueError(
-            f"curvature is that of one batch, got a {type(batch).__name__}: give next(iter(loader)), or Window(list(loader))"
+            f"curvature is that of one batch, got a {type(batch).__name__}: give next(iter(loader)), or "
+            "Window(list(loader))"
         )
     window = batch if isinstance(batch, Window) else Window([batch])
     if micro_batch_size is not None:
