@@ -401,7 +401,7 @@ def test_without_an_extra_the_command_line_says_what_to_install() -> None:
     program = "import sys; sys.modules['rich'] = None; import macrobatch.cli"
     child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
     assert child.returncode == 1
-    assert child.stderr.strip() == "error: the command line needs rich: pip install 'macrobatch[cli]'"
+    assert child.stderr.strip() == "error: the command line needs rich: pip install -e '.[cli,tasks]'"
 
 
 # ---- real processes

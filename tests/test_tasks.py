@@ -183,7 +183,7 @@ def test_digits_are_split_the_same_way_for_every_seed_into_images_that_differ() 
 
 def test_without_scikit_learn_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'macrobatch\[tasks\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[tasks\]'"):
         load_task("digits")
 
 

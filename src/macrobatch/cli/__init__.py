@@ -13,7 +13,7 @@ except ModuleNotFoundError as missing:
     if package not in _EXTRA:
         raise
     # Whoever types the command meets one line; whoever imports this module meets the same words as an error.
-    raise SystemExit(f"error: the command line needs {package}: pip install 'macrobatch[cli]'") from None
+    raise SystemExit(f"error: the command line needs {package}: pip install -e '.[cli,tasks]'") from None
 
 
 def main() -> None:

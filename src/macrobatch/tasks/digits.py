@@ -57,7 +57,7 @@ def _load_images() -> tuple[Tensor, Tensor]:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "task 'digits' needs scikit-learn: pip install 'macrobatch[tasks]'", name="sklearn"
+            "task 'digits' needs scikit-learn: pip install -e '.[tasks]'", name="sklearn"
         ) from None
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16  # 16 grey levels

