@@ -396,3 +396,13 @@ def test_the_page_shows_the_kept_results_which_keep_their_promises(benchmark: Mo
     assert benchmark.table(rows) in (ROOT / "docs" / "batchnorm.md").read_text(encoding="utf-8")
     check_memory(rows)
     assert {row["name"]: row["time"][1] for row in rows}["exact, 8"] <= 2.2
+
+
+def test_a_model_that_comes_in_eval_mode_is_warned_about_in_its_first_window() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
+    accumulator = mb.Accumulator(model, lambda model, x: model(x).square().mean(), micro_batch_size=2)
+    model.train()
+    with pytest.warns(UserWarning, match="the model couples samples: '1'"):
+        accumulator.run(torch.randn(4, 4))
+    model.zero_grad()
+    accumulator.run(torch.randn(4, 4))  # once is enough

@@ -1,5 +1,7 @@
 """Low precision: float32 sums of bf16 gradients, float16 with a GradScaler, and what each would lose without."""
 
+import math
+
 import pytest
 import torch
 from helpers import clear, difference, gradients, reference
@@ -274,3 +276,22 @@ def test_a_mean_in_bf16_over_uneven_micro_batches_keeps_an_exact_seed() -> None:
     accumulator.run(batch)
     assert difference(gradients(model), expected) <= 1e-6
     assert difference(sums([torch.tensor(len(part) / 101, dtype=LOW) for part in parts]), expected) > 1e-4
+
+
+@pytest.mark.parametrize(("values", "expected"), [((math.inf, -math.inf), math.nan), ((1e308, 1e308), math.inf)])
+def test_losses_beyond_every_number_are_reported_as_such(values: tuple[float, float], expected: float) -> None:
+    model = nn.Linear(1, 1).double()
+
+    def loss_fn(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return model(batch).sum() * 0 + batch.sum(), 1
+
+    window = mb.Window([torch.tensor([[value]], dtype=torch.float64) for value in values])
+    loss = float(mb.Accumulator(model, loss_fn).run(window).loss)
+    assert math.isnan(loss) or loss == expected
+    assert not math.isfinite(loss)
+
+
+def test_metrics_without_terms_are_not_a_number() -> None:
+    model = nn.Linear(1, 1)
+    accumulator = mb.Accumulator(model, lambda model, batch: mb.Loss(torch.zeros(()), 0, {"hits": 0.0}))
+    assert math.isnan(float(accumulator.run(mb.Window([torch.ones(2, 1)])).metrics["hits"]))

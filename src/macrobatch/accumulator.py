@@ -98,8 +98,9 @@ class Accumulator:
         self._unscaler = Unscaler(scaler)
         where = None if device is None else torch.device(device)
         self._everything = self._modules + self._frozen
-        if batch_norm is None and not isinstance(self._limit, AutoSize):  # which refuses them
-            warn_of_coupling(self._everything)
+        # "auto" refuses such layers. A model may come in eval mode, so the first window is looked at once more.
+        self._may_warn = batch_norm is None and not isinstance(self._limit, AutoSize)
+        self._may_warn = self._may_warn and not warn_of_coupling(self._everything)
         self._recipe = Recipe(
             model, self._modules, self._everything, loss_fn, count, autocast, self._unscaler, where, process_group
         )
@@ -116,6 +117,8 @@ class Accumulator:
         what `p.grad` holds; otherwise gradients left from before are a ValueError. Under a process group every rank
         calls it, with its own samples, or with `Window([])`. If it raises, gradients are as before.
         """
+        if self._may_warn and not self._learned.has_run:
+            warn_of_coupling(self._everything)
         apart = self._measure is not None
         walked = list(submodules(self._everything))  # anew for each window: nothing can go stale
         with (

@@ -10,8 +10,8 @@ import torch
 
 from macrobatch.batch import Window
 from macrobatch.devices import on_device
-from macrobatch.distributed import GradientReduction, Ranks
-from macrobatch.gathering import Outputs, gathered, joined, outputs_of
+from macrobatch.distributed import GradientReduction
+from macrobatch.gathering import Outputs, joined, outputs_of
 from macrobatch.recovery import Attempt, Recovery, is_out_of_memory
 from macrobatch.replay import Beginning, Replay
 from macrobatch.state import Moment
@@ -21,7 +21,7 @@ from macrobatch.window_pass import Recipe
 Encode = Callable[[Any, Nested], Nested]
 
 
-@dataclass
+@dataclass(eq=False)
 class Piece:
     """A micro-batch, or a part of one, as its first forward ran it.
 
@@ -121,9 +121,9 @@ class FirstForwards:
         if self.encoder.home.type == "cuda":
             torch.cuda.empty_cache()
 
-    def gather(self, ranks: Ranks) -> tuple[Outputs, slice]:
-        """The outputs of the effective batch, and which of its rows are this rank's; pieces keep none."""
+    def own(self) -> Outputs:
+        """The outputs of this rank's samples, in one; pieces keep none."""
         parts = [piece.outputs for piece in self.pieces if piece.outputs is not None]
         for piece in self.pieces:
             piece.outputs = None
-        return gathered(joined(parts) if parts else Outputs(None, [], 0), ranks)
+        return joined(parts) if parts else Outputs(None, [], 0)

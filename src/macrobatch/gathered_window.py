@@ -12,7 +12,7 @@ from macrobatch.distributed import GradientReduction, Ranks
 from macrobatch.gathered_backward import Backwards, StartOver
 from macrobatch.gathered_forward import Encode, Encoder, FirstForwards
 from macrobatch.gathered_loss import GatheredLoss, WindowLoss
-from macrobatch.gathering import Outputs
+from macrobatch.gathering import Outputs, gathered
 from macrobatch.gradients import WindowGradients
 from macrobatch.measuring import Gradients, Measure, Measurement
 from macrobatch.moments import GradientMoments
@@ -67,7 +67,7 @@ class GatheredWindow:
     def evaluate(self, window: Window) -> None:
         """The loss is known."""
         self._together(lambda: self._first.run(window, 0, self._recovery, self._reduction))
-        outputs, _ = self._first.gather(self._ranks)
+        outputs, _ = self._gather()
         self._loss = loss = self._window_loss()
         self._together(lambda: loss.evaluate(window, outputs))
         loss.sum_value()
@@ -80,12 +80,16 @@ class GatheredWindow:
         start_over = self._together(lambda: self._must_start_over(window, gradients, loss))
         return not self._ranks.any(start_over)
 
+    def _gather(self) -> tuple[Outputs, slice]:
+        """The outputs of the effective batch, and which of its rows are this rank's."""
+        return gathered(self._together(self._first.own), self._ranks)
+
     def _window_loss(self) -> WindowLoss:
         return WindowLoss(self._encoder, self._recipe.loss_fn, self._pass.learned, self._pass.parameters, self._ranks)
 
     def _loss_gradients(self, loss: WindowLoss, window: Window, gradients: WindowGradients) -> None:
         """The loss knows its gradients by this rank's outputs; those by its own parameters are in `p.grad`."""
-        outputs, own = self._first.gather(self._ranks)
+        outputs, own = self._gather()
         before = loss.versions()
         self._together(lambda: self._loss_backward(loss, window, outputs, gradients))
         loss.settle(outputs, own, before)

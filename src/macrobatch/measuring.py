@@ -12,7 +12,7 @@ from torch import Tensor
 from macrobatch.distributed import Ranks
 from macrobatch.gradients import norm_of
 from macrobatch.moments import GradientMoments
-from macrobatch.tally import ratio
+from macrobatch.tally import as_scalar, ratio
 from macrobatch.weighting import Count, known
 
 Measure = Literal["norms", "squares"]
@@ -75,7 +75,7 @@ class Measurement:
         total = self._ranks.sum(weights.sum())
         has_terms = weights > 0
         w = (weights / total).where(has_terms, 0.0)
-        n = torch.tensor(self._sizes, dtype=torch.float64, device=self._device)
+        n = self._moved(torch.tensor(self._sizes, dtype=torch.float64))
         h = own * self._unit(factor, loss_scale)
         q = (h / w).square().where(has_terms, 0.0)
         sums = self._ranks.sum(torch.stack([has_terms.sum(), (w * q).sum(), (w / n).sum(), (w * w / n).sum()]))
@@ -104,8 +104,12 @@ class Measurement:
 
     def _column(self, values: Sequence[Count]) -> Tensor:
         if any(isinstance(value, Tensor) for value in values):
-            return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self._device) for v in values])
-        return torch.tensor(values, dtype=torch.float64, device=self._device)
+            return torch.stack([as_scalar(v, self._device).to(self._device).double() for v in values])
+        return self._moved(torch.tensor(values, dtype=torch.float64))
+
+    def _moved(self, values: Tensor) -> Tensor:
+        """On the device, without waiting for it: a plain copy from the host would."""
+        return values.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else values
 
     def _unit(self, factor: float | Tensor, loss_scale: Tensor) -> Tensor:
-        return torch.as_tensor(factor, dtype=torch.float64, device=self._device) / loss_scale.to(self._device).double()
+        return as_scalar(factor, self._device).double() / loss_scale.to(self._device).double()

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from macrobatch.state import SMALL, RandomState, Slot
 
 
-@dataclass
+@dataclass(eq=False)
 class Beginning:
     """What a forward began from. `buffers`: copies, by position of the slot; `draws`: it drew random numbers."""
 

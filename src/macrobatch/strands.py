@@ -126,6 +126,8 @@ class Strand(Generic[T]):
         self._error = self._answer = self.request = None
 
     def _meet(self, request: Any) -> Any:
+        if self._is_abandoned:  # a function that caught it is told again
+            raise Abandoned
         self.request = request
         del request
         self._back.put(None)
@@ -155,8 +157,7 @@ def strands(functions: Sequence[Callable[[Meet], T]]) -> Iterator[list[Strand[T]
     """Within the context there is a strand for each function, none of them started; after it no thread is alive."""
     surroundings = Surroundings()
     all_of_them = [Strand(function, surroundings) for function in functions]
-    try:
+    with ExitStack() as stack:  # which goes on to the next, whatever interrupts the end of one
+        for strand in reversed(all_of_them):
+            stack.callback(strand.abandon)
         yield all_of_them
-    finally:
-        for strand in all_of_them:
-            strand.abandon()

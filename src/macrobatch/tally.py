@@ -19,7 +19,7 @@ CountFn = Callable[[Nested], Count | Mapping[str, Count]]
 
 @dataclass
 class Tally:
-    """The records of one window on one rank; `add` keeps a few scalars for each micro-batch and reads none of them."""
+    """The records of one window on one rank; `add` keeps a few scalars for each micro-batch."""
 
     sizes: list[int] = field(default_factory=list)
     weights: list[Count] = field(default_factory=list)

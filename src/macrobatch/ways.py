@@ -144,10 +144,7 @@ class InLockstep:
     def run(self, running: Running) -> None:
         """The forwards of all micro-batches, then one backward."""
         window, pass_ = running.window, running.pass_
-        if pass_.ranks.any(next(window.sized(), None) is None):
-            raise ValueError(
-                'batch_norm="exact" sums statistics over ranks, and some rank has no micro-batch: give samples to all'
-            )
+        _refuse_idle_ranks(window, pass_)
         if running.limit.current is not None:
             window = window.cut(running.limit.current, cut=running.cut)
         micro_batches = [(micro_batch, n) for micro_batch, n, _ in on_device(window.sized(), pass_.device)]
@@ -192,8 +189,17 @@ class InLockstep:
 
     def evaluate(self, window: Window, pass_: WindowPass) -> None:
         """The forwards, in lockstep, too: a layer in train mode sees the whole window."""
+        if coupled_layers(pass_.recipe.everything):
+            _refuse_idle_ranks(window, pass_)
         micro_batches = [(micro_batch, n) for micro_batch, n, _ in on_device(window.sized(), pass_.device)]
         pass_.forward_together(micro_batches, partial(self._forwards, pass_))
+
+
+def _refuse_idle_ranks(window: Window, pass_: WindowPass) -> None:
+    if pass_.ranks.any(next(window.sized(), None) is None):
+        raise ValueError(
+            'batch_norm="exact" sums statistics over ranks, and some rank has no micro-batch: give samples to all'
+        )
 
 
 def _run_again(running: Running, num_samples: int, message: str) -> None:
@@ -231,8 +237,9 @@ def way_of(batch_norm: BatchNorm | None, measure: Measure | None) -> Way:
     return InLockstep()
 
 
-def warn_of_coupling(modules: Sequence[nn.Module]) -> None:
-    """A UserWarning if there are layers that couple samples, which names them and the choices."""
+def warn_of_coupling(modules: Sequence[nn.Module]) -> bool:
+    """A UserWarning that names the layers which couple samples, and the choices; whether there are any."""
     layers = coupled_layers(modules)
     if layers:
         warnings.warn(coupling_message(layers), stacklevel=3)
+    return bool(layers)

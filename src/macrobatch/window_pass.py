@@ -222,7 +222,7 @@ class WindowPass:
         }
         weights = self._scalars(counts)
         return Report(
-            loss=as_scalar(_sum_of_means(means, divisors), self.home),
+            loss=as_scalar(_sum_of_means(means, divisors, self.home), self.home),
             loss_weight=weights if len(weights) > 1 else next(iter(weights.values())),
             metrics=self._scalars({name: value for name, value in means.items() if name != LOSS} | metrics),
             sample_count=self._totals.num_samples,
@@ -237,14 +237,14 @@ class WindowPass:
         )
 
 
-def _sum_of_means(means: Mapping[str, Count], divisors: Mapping[str, Count]) -> Count:
+def _sum_of_means(means: Mapping[str, Count], divisors: Mapping[str, Count], device: torch.device) -> Count:
     """The sum of those means that average over anything; NaN if none does."""
     values = list(zip(means.values(), divisors.values(), strict=True))
     if not any(isinstance(value, Tensor) for pair in values for value in pair):
         there = [value for value, divisor in values if divisor]
         return sum(there) if there else math.nan
-    parts = torch.stack([torch.as_tensor(value) for value, _ in values])
-    has_terms = torch.stack([torch.as_tensor(divisor) != 0 for _, divisor in values]).to(parts.device)
+    parts = torch.stack([as_scalar(value, device).to(device) for value, _ in values])
+    has_terms = torch.stack([as_scalar(divisor, device).to(device) != 0 for _, divisor in values])
     return parts.where(has_terms, 0.0).sum().where(has_terms.any(), torch.nan)
 
 
