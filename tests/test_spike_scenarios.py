@@ -1,6 +1,7 @@
 """The benchmark of spikes on a smaller model: what is ruined without a guard is not with one, and skipping cannot."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -60,3 +61,14 @@ def test_control_skipping_cannot_undo_a_step_and_gives_up(runs: Any) -> None:
     ratio, _, gave_up = runs("b", "skip")
     assert ratio > 1.05
     assert gave_up
+
+
+def test_the_page_shows_the_results_that_were_kept_and_all_promises_hold(benchmark: ModuleType) -> None:
+    found = json.loads(benchmark.RESULTS.read_text(encoding="utf-8"))
+    assert benchmark.table(found["runs"], found["seeds"]) in (ROOT / "docs" / "spikes.md").read_text(encoding="utf-8")
+    for event, policy in benchmark.TARGETS:
+        assert benchmark.holds(event, policy, benchmark.ratios(found["runs"], found["seeds"], event, policy))
+    clean = [found["runs"][f"clean {seed}"] for seed in found["seeds"]]
+    judged = sum(run["judged"] for run in clean)
+    assert judged >= 3000
+    assert 1000 * sum(len(run["flagged"]) for run in clean) / judged <= benchmark.MOST_FALSE_ALARMS

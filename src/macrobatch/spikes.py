@@ -59,7 +59,7 @@ class SpikeGuard:
         scaler: GradScaler | None = None,
         stateful: Sequence[Stateful] = (),
         policy: Policy = "rollback",
-        snapshot_every: int | None = 50,
+        snapshot_every: int | None = 25,
         folder: str | Path | None = None,
         snapshot_device: torch.device | str | None = None,
         restore_random: bool = True,
