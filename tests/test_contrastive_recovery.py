@@ -224,3 +224,29 @@ def test_within_a_limit_the_size_is_found_and_every_gradient_is_exact() -> None:
         assert difference(gradients(model), expected) <= 1e-12
         clear(model)
     assert max(report.micro_batch_sizes) <= 24
+
+
+def test_halves_that_are_alike_are_told_apart() -> None:
+    """Two halves of one micro-batch have as many samples and the same buffers before them: BatchNorm in train mode."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > 4:
+                raise torch.OutOfMemoryError("injected")
+            return self.last(self.norm(self.first(x)).relu())
+
+    torch.manual_seed(0)
+    accumulator = mb.GatheredAccumulator(
+        Encoder(),
+        lambda model, batch: model(batch["x"]),
+        lambda model, outputs, window: (outputs @ outputs.T).logsumexp(1).mean(),
+        micro_batch_size=8,
+        batch_norm="micro_batch",
+    )
+    report = accumulator.run({"x": torch.randn(24, 6)})
+    assert report.retries == 1
+    assert report.micro_batch_sizes == (4,) * 6

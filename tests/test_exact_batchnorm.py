@@ -635,3 +635,28 @@ def test_an_error_in_the_loss_leaves_gradients_and_threads_as_before() -> None:
     _, expected, _ = full_batch(model, batch)
     mb.Accumulator(model, loss_sum, micro_batch_size=3, batch_norm="exact").run(batch)
     assert difference(gradients(model), expected) <= 1e-12
+
+
+def test_a_forward_that_catches_everything_does_not_keep_the_window_waiting() -> None:
+    class Stubborn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm, self.calls = nn.Linear(4, 8), nn.BatchNorm1d(8), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls == 3:
+                raise ValueError("lost")
+            hidden = self.linear(x)
+            try:
+                return self.norm(hidden)
+            except BaseException:
+                return self.norm(hidden)
+
+    before = threading.active_count()
+    accumulator = mb.Accumulator(
+        Stubborn(), lambda model, batch: model(batch).square().mean(), micro_batch_size=4, batch_norm="exact"
+    )
+    with pytest.raises(ValueError, match="lost"):
+        accumulator.run(torch.randn(16, 4))
+    assert threading.active_count() == before
