@@ -200,7 +200,8 @@ class SpikeGuard:
         else:
             self._before.restore(random_numbers=self._restore_random)
             verdict = SpikeVerdict("skipped", *told)
-        logger.warning("spike: %s; %s, lr x %g", why, verdict.kind.replace("_", " "), self.lr_scale)
+        then = f"rolled back, rates are now {self.lr_scale:g} of what they were at first"
+        logger.warning("spike: %s; %s", why, then if verdict.kind == "rolled_back" else "skipped")
         self._give_up_if_hopeless(why)
         return verdict
 

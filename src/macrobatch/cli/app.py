@@ -134,7 +134,7 @@ MaxNorm = Annotated[
     float | None, typer.Option(parser=_above_zero, metavar="NORM", help="Clip the gradient of the update to this.")
 ]
 SpikeGuarding = Annotated[Guarding, _choice(Guarding, "What becomes of an update whose loss or gradient is a spike.")]
-SnapshotEvery = Annotated[int | None, _count(1, "Updates between snapshots to roll back to.  [50]")]
+SnapshotEvery = Annotated[int | None, _count(1, "Updates between snapshots to roll back to.  [25]")]
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """`--spike-guard`: a run under a SpikeGuard, and what it flagged as entries for the log and the summary."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -16,22 +16,7 @@ from macrobatch.spike_values import SpikeVerdict
 from macrobatch.spikes import SpikeGuard
 
 Guarding = Literal["off", "warn", "skip", "rollback"]
-SNAPSHOT_EVERY = 50
-
-
-class RateSize:
-    """The batch size that the learning rate fits, which goes back with the rate; what was used of the data does not."""
-
-    def __init__(self, schedule: BatchSchedule) -> None:
-        self._schedule = schedule
-
-    def state_dict(self) -> dict[str, int]:
-        """The size alone."""
-        return {"lr_batch_size": self._schedule.state_dict()["lr_batch_size"]}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """The rate is that of this size; samples and sizes to come stay."""
-        self._schedule.load_state_dict({**self._schedule.state_dict(), **state})
+SNAPSHOT_EVERY = 25
 
 
 def make_guard(
@@ -55,7 +40,7 @@ def make_guard(
         optimizer,
         scheduler=scheduler,
         scaler=scaler,
-        stateful=[RateSize(schedule)] if goes_back else [],
+        stateful=[schedule.rate] if goes_back else [],
         policy=guarding,
         snapshot_every=snapshot_every or SNAPSHOT_EVERY,
     )
