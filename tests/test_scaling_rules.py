@@ -543,9 +543,13 @@ def test_adam_steps_are_bounded_while_beta1_squared_is_below_beta2_and_auto_stay
     with pytest.warns(mb.ScalingWarning, match=r"beta2 falls to beta1\*\*2 or below in the groups \[0\]"):
         mb.scale_hyperparameters(optimizer, from_batch_size=32, to_batch_size=512, rule="half-life")
     optimizer = adam(betas=(0.9, 0.95))
-    assert mb.scale_hyperparameters(optimizer, from_batch_size=32, to_batch_size=512).rule == "sqrt"
+    scaling = mb.scale_hyperparameters(optimizer, from_batch_size=32, to_batch_size=512)
+    assert scaling.rule == "sqrt"
+    assert "not sqrt-half-life, because beta2**16 would fall to beta1**2 or below" in str(scaling)
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)
-    assert mb.scale_hyperparameters(optimizer, from_batch_size=32, to_batch_size=64).rule == "sqrt-half-life"
+    usual = mb.scale_hyperparameters(optimizer, from_batch_size=32, to_batch_size=64)
+    assert usual.rule == "sqrt-half-life"
+    assert "would fall" not in str(usual)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -560,6 +564,8 @@ def scaled(optimizer: Optimizer, k: int, **options: Any) -> mb.Scaling:
     ("cls", "k", "options", "message"),
     [
         (SGD, 33, {}, r"up to 32 times the batch, and this is 33 times.*give it as noise_scale="),
+        (Adam, 33, {}, r"the sqrt-half-life rule holds while .* at 33 times the batch.*give it as noise_scale="),
+        (torch.optim.Adamax, 64, {}, r"the sqrt rule holds while gradients are mostly noise, and at 64 times"),
         (SGD, 4, {"rule": "sqrt"}, r"'sqrt' has no source for the sgd family.*2.5 points of error worse.*'linear'"),
         (
             SGD,
@@ -593,12 +599,14 @@ def test_beyond_its_validity_a_rule_warns_and_does_as_told(
 def test_within_its_validity_a_rule_is_silent() -> None:
     for cls, options in (
         (SGD, {}),
+        (Adam, {}),
         (SGD, {"noise_scale": 2000}),
         (Adam, {"noise_scale": 1e4}),
         (Adam, {"rule": "none"}),
     ):
         assert not scaled(groups(cls), 32, **options).caveats
-    assert not scaled(groups(SGD), 100, noise_scale=1e5).caveats
+    for cls in (SGD, Adam):
+        assert not scaled(groups(cls), 100, noise_scale=1e5).caveats
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 from macrobatch.batch import check_size
 from macrobatch.scaling_changes import Change, Scaler, check_decay
 from macrobatch.scaling_families import family_of, rule_for
-from macrobatch.schedulers import Schedulers, checked
+from macrobatch.schedulers import UNGUARDED, Schedulers, checked
 
 RuleName = Literal["auto", "linear", "sqrt", "adam-sde", "half-life", "sqrt-half-life", "invariant", "none"]
 
-LINEAR_SHOWN_UP_TO = 32  # times the batch: ResNet-50 from 256 to 8192 (Goyal et al. 2017)
+SHOWN_UP_TO = 32  # times the batch: ResNet-50 from 256 to 8192 (Goyal et al. 2017)
 
 
 class ScalingWarning(UserWarning):
@@ -92,12 +92,14 @@ def scale_hyperparameters(
     return Scaling(
         rule=scaler.rule.name,
         family=its_family.name,
-        why=its_family.why if rule == "auto" else scaler.rule.why,
+        why=_why_automatic(scaler) if rule == "auto" else scaler.rule.why,
         from_batch_size=from_batch_size,
         to_batch_size=to_batch_size,
         lr_factor=scaler.lr_factor,
         changes=tuple(
-            change for _, change in planned if change.after != change.before and not change.name.endswith("_last_lr")
+            change
+            for _, change in planned
+            if change.after != change.before and not change.name.endswith(("_last_lr", UNGUARDED))
         ),
         caveats=caveats,
     )
@@ -105,6 +107,17 @@ def scale_hyperparameters(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # where rules are valid
+
+
+def _why_automatic(scaler: Scaler) -> str:
+    """Why "auto" took its rule, and why not the family's usual one where that is another."""
+    usual, taken = scaler.family.auto, scaler.rule.name
+    if taken == usual:
+        return scaler.family.why
+    return (
+        f"{scaler.family.why}; not {usual}, because beta2**{scaler.k:g} would fall to beta1**2 or below, where a small "
+        "gradient after large ones makes a step of any size: betas and eps stay as given"
+    )
 
 
 def _beyond_the_family(scaler: Scaler) -> Iterator[str]:
@@ -120,11 +133,17 @@ def _beyond_the_family(scaler: Scaler) -> Iterator[str]:
 def _beyond_the_size(scaler: Scaler, before: int, after: int, noise_scale: float | None) -> Iterator[str]:
     power = scaler.rule.lr_power
     if noise_scale is None:
-        if scaler.rule.name == "linear" and scaler.k > LINEAR_SHOWN_UP_TO:
+        if scaler.rule.name == "linear" and scaler.k > SHOWN_UP_TO:
             yield (
-                f"the linear rule was shown to hold up to {LINEAR_SHOWN_UP_TO} times the batch, and this is "
+                f"the linear rule was shown to hold up to {SHOWN_UP_TO} times the batch, and this is "
                 f"{scaler.k:g} times: at 64 times the error had risen by 1.2 points (Goyal et al. 2017). "
                 "Measure the noise scale and give it as noise_scale="
+            )
+        elif power == 0.5 and scaler.k > SHOWN_UP_TO:
+            yield (
+                f"the {scaler.rule.name} rule holds while gradients are mostly noise, and at {scaler.k:g} times the "
+                f"batch (above {SHOWN_UP_TO}) they may no longer be: the best rate then grows slower, and may even "
+                "fall (Li et al. 2024). Measure the noise scale and give it as noise_scale="
             )
         return
     if not noise_scale > 0:
