@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,18 @@ def test_an_update_of_one_micro_batch_is_measured_sample_by_sample(tmp_path: Pat
     assert found["low"] < true < found["high"]
 
 
+def test_measuring_sample_by_sample_lets_no_warning_of_torch_through(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    small = [f"--task-option={name}" for name in ("d_model=16", "num_layers=1", "context=16")]
+    options = ["--task", "code-lm", *small, "--batch-size", 4, "--micro-batch-size", 4, "--per-example", "--steps", 2]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        said = run(*options, "--device", "cpu", "--output", tmp_path / "run")
+    assert not [each for each in seen if "performance drop" in str(each.message)]
+    assert "performance drop" not in said + "".join(capfd.readouterr())
+
+
 def test_numbers_of_the_recommendation_are_those_of_the_formulas(tmp_path: Path) -> None:
     run(*TASK, *STILL, "--epochs", 2, "--output", tmp_path / "run")
     found = read(tmp_path / "run")
@@ -118,6 +132,9 @@ def test_the_words_follow_from_the_numbers() -> None:
     assert "Training at 128 is as fast" in best
     hidden = " ".join(recommendation(findings(math.inf)))
     assert "no gradient was seen above the noise" in hidden
+    assert "BatchNorm" not in few
+    coupled = " ".join(recommendation(replace(findings(100.0), is_coupled=True)))
+    assert "its noise scale is not that of independent samples" in coupled
     assert "Merrill et al. 2025" in few
     assert "--branched" in few
 

@@ -247,6 +247,16 @@ def test_by_default_the_micro_batch_size_is_found_and_the_losses_are_the_same(tm
     assert losses(tmp_path / "found") == pytest.approx(losses(tmp_path / "given"), rel=1e-5)
 
 
+def test_a_model_that_normalises_over_its_micro_batch_keeps_the_tasks_size_and_its_noise_has_a_caveat(
+    tmp_path: Path,
+) -> None:
+    options = ["--task", "digits", "--task-option", "width=2", "--steps", "8", "--device", "cpu"]
+    said = " ".join(run(*options, "--output", tmp_path / "run").split())
+    assert summary(tmp_path / "run")["micro_batch_size_is"] == "task's own"
+    assert "The gradient noise scale is" in said
+    assert "The model normalises over its micro-batch (BatchNorm in training mode)" in said
+
+
 def test_a_found_size_keeps_within_the_budget(tmp_path: Path) -> None:
     options = [*LINE, "--task-option", "hidden=1000", "--batch-size", "40", "--steps", "14", "--max-memory", "150KB"]
     said = run(*options, "--output", tmp_path / "run")
@@ -327,7 +337,7 @@ def test_a_budget_can_be_a_share_of_what_the_device_has(tmp_path: Path) -> None:
         (["--batch-size", "many"], "a whole number of at least 1 is needed; got many"),
         (["--micro-batch-size", "0"], "at least 1, is needed; got '0'"),
         (["--micro-batch-size", "-3"], "at least 1, is needed; got '-3'"),
-        (["--task", "digits", "--micro-batch-size", "auto"], "error: micro_batch_size='auto' would change the result"),
+        (["--task", "digits", "--micro-batch-size", "auto"], "error: --micro-batch-size auto would change the result"),
         (["--max-memory", "20B"], "error: max_memory=20 B is less than the model's own state"),
         (["--max-memory", "200B"], "error: one sample does not fit into max_memory=200 B"),
         (["--max-memory", "200%"], "error: max_memory='200%': a share of what the device has is above 0%"),

@@ -192,7 +192,9 @@ def test_the_micro_batch_size_is_found_only_where_asked(tmp_path: Path) -> None:
     assert 1 <= strict_json(tmp_path / "auto" / "compare.json")["micro_batch_size"] <= 8
     assert "Accumulation equals the native large batch" in said
     refused = run("--task", "digits", "--micro-batch-size", "auto", "--output", tmp_path / "digits", code=2)
-    assert "error: micro_batch_size='auto' would change the result" in refused
+    assert "error: --micro-batch-size auto would change the result: 1 (BatchNorm2d) normalises" in refused
+    assert "Leave out --micro-batch-size (the task's own is 16), or give a number" in " ".join(refused.split())
+    assert "batch_norm=" not in refused  # which is no option of the command
 
 
 @pytest.mark.parametrize(

@@ -358,16 +358,32 @@ def test_the_fastest_batch_is_where_time_is_least() -> None:
 def test_where_an_update_costs_little_the_answer_is_not_to_accumulate() -> None:
     found = fastest_batch_size(400.0, seconds_per_sample=0.01, seconds_per_update=0.001, largest_micro_batch=16)
     assert not found.accumulate
-    assert found.verdict.startswith("do not accumulate: 6.32 samples train fastest, and 16 fit into a micro-batch")
+    assert found.verdict.startswith("do not accumulate: 6 samples train fastest, and 16 fit into a micro-batch")
     free = fastest_batch_size(400.0, seconds_per_sample=0.01, seconds_per_update=0, largest_micro_batch=1)
     assert (free.batch_size, free.accumulate) == (1, False)
+    assert free.verdict == "do not accumulate: 1 sample trains fastest, and 1 fits into a micro-batch"
+
+
+@pytest.mark.parametrize(
+    ("best", "m", "said"),
+    [
+        (98.8, 16, "99 samples train fastest, 7 micro"),
+        (16.2, 16, "17 samples"),
+        (7.4, 7, "8 samples"),
+        (1234, 9, "1230 s"),
+    ],
+)
+def test_the_batch_that_is_said_is_whole_and_agrees_with_the_answer(best: float, m: int, said: str) -> None:
+    found = fastest_batch_size(best**2, seconds_per_sample=1, seconds_per_update=1, largest_micro_batch=m)
+    assert found.batch_size == pytest.approx(best)
+    assert found.verdict.startswith(f"accumulate: {said}")
 
 
 def test_an_interval_with_both_answers_is_not_settled() -> None:
     options = {"seconds_per_sample": 0.01, "seconds_per_update": 0.25, "largest_micro_batch": 100}
     found = fastest_batch_size(500.0, low=300.0, high=900.0, **options)
     assert not found.is_settled
-    assert "between 86.6 and 150" in found.verdict
+    assert "between 87 and 150" in found.verdict
     assert found.verdict.endswith("measure more windows")
     assert fastest_batch_size(900.0, low=600.0, high=1000.0, **options).is_settled
     unseen = fastest_batch_size(math.inf, low=900.0, high=math.inf, **options)
@@ -637,7 +653,7 @@ def test_a_half_life_that_is_no_number_of_windows_is_refused(half_life: float) -
 
 def test_what_is_missing_is_said() -> None:
     noise = mb.GradientNoiseScale()
-    with pytest.raises(ValueError, match="no window was observed yet"):
+    with pytest.raises(ValueError, match="no window was observed yet: call"):
         noise.estimate()
     with pytest.raises(ValueError, match=r"measure='norms'"):
         noise.observe(report_of([]))

@@ -119,26 +119,45 @@ def fastest_batch_size(
 
 
 def _verdict(best: float, least: float, most: float, m: int, is_settled: bool) -> str:
-    between = f" (between {in_samples(least)} and {in_samples(most)})" if most > least else ""
+    low, high = (in_samples(_whole(each)) for each in (least, most))
+    between = f" (between {low} and {high})" if low != high else ""
     if best > m and math.isinf(best):
-        words = f"accumulate: no signal was seen above the noise yet, so at least {in_samples(least)} samples"
+        words = f"accumulate: no signal was seen above the noise yet, so at least {counted(_whole(least))}"
     elif best > m:
-        steps = math.ceil(best / m)
-        words = f"accumulate: {in_samples(best)} samples{between} train fastest, {steps} micro-batches of up to {m}"
+        size = max(_whole(best), m + 1)  # as it is said, so that the micro-batches fit the words
+        words = f"accumulate: {size} samples{between} train fastest, {math.ceil(size / m)} micro-batches of up to {m}"
     else:
-        words = f"do not accumulate: {in_samples(best)} samples{between} train fastest, and {m} fit into a micro-batch"
+        size = min(_whole(best), m)
+        verb = "trains" if size == 1 else "train"
+        fits = "1 fits" if m == 1 else f"{m} fit"
+        words = f"do not accumulate: {counted(size)}{between} {verb} fastest, and {fits} into a micro-batch"
     return words if is_settled else f"{words}; the other answer is within the interval, so measure more windows"
 
 
-def in_samples(value: float) -> str:
-    """A number of samples in words: two or three digits are all that such an estimate has.
+def _whole(batch_size: float) -> float:
+    """The size to give a loader: whole, of three digits."""
+    return batch_size if math.isinf(batch_size) else int(float(f"{round(batch_size):.3g}"))
 
-    >>> in_samples(1234.5), in_samples(float("inf"))
-    ('1230', 'any number')
+
+def in_samples(value: float) -> str:
+    """A number of samples in words: two or three digits are all that such an estimate has, and no part of a sample.
+
+    >>> in_samples(1234.5), in_samples(98.8), in_samples(0.25), in_samples(float("inf"))
+    ('1230', '99', '0.25', 'any number')
     """
     if math.isinf(value):
         return "any number"
-    return f"{value:.3g}" if value < 100 else f"{float(f'{value:.3g}'):.0f}"
+    return f"{value:.2g}" if value < 9.95 else f"{float(f'{value:.3g}'):.0f}"
+
+
+def counted(value: float, unit: str = "sample") -> str:
+    """A number of something in words, in the plural but for one.
+
+    >>> counted(1, "window"), counted(98.8)
+    ('1 window', '99 samples')
+    """
+    text = in_samples(value)
+    return f"{text} {unit}{'' if text == '1' else 's'}"
 
 
 def _size(batch_size: float) -> float:

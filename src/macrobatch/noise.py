@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from macrobatch import batch_tradeoff
-from macrobatch.batch_tradeoff import FastestBatch, Tradeoff, in_samples
+from macrobatch.batch_tradeoff import FastestBatch, Tradeoff, counted, in_samples
 from macrobatch.moment_average import MomentAverage, is_single, moments_of
 from macrobatch.moments import GradientMoments
 from macrobatch.per_example import per_example_moments
@@ -51,10 +51,10 @@ class NoiseEstimate:
     @property
     def words(self) -> str:
         """What was measured, in a sentence or two, with what it is not."""
-        interval = f"between {in_samples(self.low)} and {in_samples(self.high)} samples"
+        interval = f"between {in_samples(self.low)} and {counted(self.high)}"
         if math.isinf(self.high):
-            interval = f"at least {in_samples(self.low)} samples" if self.low else "unknown"
-        scale = f"The gradient noise scale is {interval} ({self.confidence:.0%}, {self.num_windows} windows)"
+            interval = f"at least {counted(self.low)}" if self.low else "unknown"
+        scale = f"The gradient noise scale is {interval} ({self.confidence:.0%}, {counted(self.num_windows, 'window')})"
         if math.isfinite(self.noise_scale):
             scale += f", best guess {in_samples(self.noise_scale)}"
         return (
@@ -102,7 +102,8 @@ class GradientNoiseScale:
         between, freedom, squares, samples, count = blocks.sum(0) if len(blocks) else np.zeros(5)
         if count == 0:
             ignored = self._average.num_ignored
-            raise ValueError(f"no window was observed yet ({ignored} were not finite): call observe(report) for each")
+            left_out = f" ({ignored} without terms, or not finite)" if ignored else ""
+            raise ValueError(f"no window was observed yet{left_out}: call observe(report) for each")
         if freedom < 1e-6 * count:
             raise ValueError(SINGLE)
         variance = between / freedom

@@ -1,5 +1,6 @@
 """The moments of a batch whose micro-batches are single samples: what tells most about noise, at most work."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -20,6 +21,8 @@ from macrobatch.substitution import Stage
 from macrobatch.weighting import Loss
 
 LossFn = Callable[[Any, Any], Any]
+SLOW_OPERATION = "There is a performance drop because we have not yet implemented the batching rule"  # of torch.func's
+
 Sums = tuple[Tensor, Tensor, list[Tensor]]  # |r_i|^2 and W_i of each sample, and the sum of r_i by parameter
 
 
@@ -38,7 +41,8 @@ def per_example_moments(
     own: Sums | None = None
     if not ddp_modules(modules):
         # Whatever is wrong beyond what torch.func cannot do is raised by the way that needs nothing special.
-        with suppress(Exception), stage.copies():
+        with suppress(Exception), stage.copies(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=SLOW_OPERATION, category=UserWarning)
             own = _vectorised(modules, model, loss_fn, batch, micro_batch_size)
     if ranks.all(own is not None) and own is not None:
         return _moments(*own, ranks)

@@ -11,12 +11,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from macrobatch import GradientNoiseScale
-from macrobatch.auto_size import refuse_coupled
 from macrobatch.budget import budget_bytes
 from macrobatch.cli import setup
 from macrobatch.cli.comparison import Key, Memory, Repeat, Way, scaled_way, three_ways
 from macrobatch.cli.curvature import WORK, sharpness_of, sharpness_samples
-from macrobatch.cli.forecast import Forecast, sample_batch
+from macrobatch.cli.forecast import Forecast, refuse_auto, sample_batch
 from macrobatch.cli.formats import bytes_text
 from macrobatch.cli.measure import GradientMeter, GradientStatistics, MemoryProbe, sizes_between
 from macrobatch.cli.progress import Progress
@@ -82,7 +81,7 @@ class Comparer:
             return min(self.task.micro_batch_size, most)
         if given != "auto":
             return given
-        refuse_coupled([self.task.model])
+        refuse_auto(self.task)
         model, optimizer = self._model_and_optimizer(self.task.learning_rate)
         found = plan(
             model,

@@ -40,6 +40,16 @@ def coupling_layer(model: nn.Module) -> str | None:
     return None
 
 
+def refuse_auto(task: Task) -> None:
+    """ValueError, in the words of the command line, where a size that is found would decide over the result."""
+    layer = coupling_layer(task.model)
+    if layer is not None:
+        raise ValueError(
+            f"--micro-batch-size auto would change the result: {layer} normalises over the micro-batch. Leave out "
+            f"--micro-batch-size (the task's own is {task.micro_batch_size}), or give a number"
+        )
+
+
 @dataclass(frozen=True)
 class Forecast:
     """Predicts the peak of training at micro-batch sizes that are given. `autocast`: as for the Accumulator."""

@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
-from macrobatch.batch_tradeoff import in_samples
+from macrobatch.batch_tradeoff import counted
 from macrobatch.cli.formats import number_text, seconds_text
 
 if TYPE_CHECKING:
@@ -12,9 +12,16 @@ if TYPE_CHECKING:
 CLOSE = 1.1  # training that takes so much longer than the fastest is as good: times and noise are not known better
 
 
+COUPLED = (
+    "The model normalises over its micro-batch (BatchNorm in training mode), so that a sample's gradient depends on "
+    "the others in it: its noise scale is not that of independent samples, and neither is what follows from it; take "
+    "these numbers as a hint, of this micro-batch size only"
+)
+
+
 def recommendation(found: "Findings") -> list[str]:
     """The noise scale, what the present batch makes of it, what trains fastest here, and what all of it is not."""
-    return [found.estimate.words, _present(found), *_fastest(found), _caution(found)]
+    return [found.estimate.words, _present(found), *_fastest(found), *_coupled(found), _caution(found)]
 
 
 def _present(found: "Findings") -> str:
@@ -50,10 +57,14 @@ def _fastest(found: "Findings") -> list[str]:
     return lines
 
 
+def _coupled(found: "Findings") -> list[str]:
+    return [COUPLED] if found.is_coupled else []
+
+
 def _caution(found: "Findings") -> str:
     return (
         "What this is not: the critical batch of a language model. Merrill et al. 2025 measured that to be orders of "
         "magnitude above the noise scale, with another trend; macrobatch noise --branched measures it directly, by "
-        f"training on at several batch sizes. And it is that of these {in_samples(found.estimate.num_windows)} "
-        "updates: early in training it is small, and grows"
+        f"training on at several batch sizes. And it is that of {counted(found.estimate.num_windows, 'update')}: early "
+        "in training it is small, and grows"
     )

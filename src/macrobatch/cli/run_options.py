@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from macrobatch import Accumulator, BatchSchedule, Window
-from macrobatch.auto_size import refuse_coupled
 from macrobatch.cli import setup
 from macrobatch.cli.batch_plan import BatchPlan, parse_batch_plan, planned_sizes
-from macrobatch.cli.forecast import coupling_layer, sample_batch
+from macrobatch.cli.forecast import coupling_layer, refuse_auto, sample_batch
 from macrobatch.cli.guard import Guarding
 from macrobatch.scaling_rules import RuleName
 from macrobatch.tasks import Task
@@ -94,7 +93,7 @@ def given_size(task: Task, options: TrainOptions, plan: BatchPlan) -> tuple[int 
     if options.noise == "per example":
         _refuse_coupled_examples(task)
     if given == "auto":
-        refuse_coupled([task.model])
+        refuse_auto(task)
         return None, ""
     if given is not None:
         return min(given, largest), ""

@@ -178,7 +178,7 @@ def _write(run: Run, ending: Ending, folder: Path) -> None:
             "validation_samples": validation.num_samples if validation else 0,
             "batch_size": run.batch_size,
             "micro_batch_size": run.micro_batch_size,
-            "micro_batch_size_is": "given" if run.given_size else "found",
+            "micro_batch_size_is": _size_is(run),
             "learning_rate": run.learning_rate,
             "base_learning_rate": run.base_learning_rate,
             "base_batch_size": run.base_batch_size,
@@ -189,6 +189,15 @@ def _write(run: Run, ending: Ending, folder: Path) -> None:
             "options": asdict(run.options),
         },
     )
+
+
+def _size_is(run: Run) -> str:
+    """Where the micro-batch size is from."""
+    if run.given_size is None:
+        return "found"
+    if run.options.micro_batch_size is not None:
+        return "given"
+    return "task's own" if run.given_size == run.task.micro_batch_size else "made to fit the batch"
 
 
 def _memory_entries(ending: Ending) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from macrobatch.cli.forecast import prediction_line
+from macrobatch.cli.forecast import coupling_layer, prediction_line
 from macrobatch.cli.formats import bytes_text, counted, duration_text, number_text
 from macrobatch.cli.guard import guard_lines
+from macrobatch.cli.noise_words import COUPLED
 from macrobatch.cli.run import Run
 
 if TYPE_CHECKING:
@@ -119,4 +120,5 @@ def _noise_lines(run: Run) -> list[str]:
     known = run.noise.estimate
     if run.options.noise != "watch" or known is None or known.low == 0:
         return []
-    return [f"{known.words} macrobatch noise says which batch trains fastest here."]
+    caution = f" {COUPLED}." if coupling_layer(run.model) is not None else ""
+    return [f"{known.words} macrobatch noise says which batch trains fastest here.{caution}"]
