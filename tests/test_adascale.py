@@ -7,7 +7,7 @@ import pytest
 import torch
 from moments_by_hand import float64, moments_of_gradients, report_of
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, ReduceLROnPlateau
 
 import macrobatch as mb
 
@@ -287,6 +287,9 @@ def test_what_it_needs_is_said() -> None:
         mb.AdaScale(sgd(), base_batch_size=0)
     with pytest.raises(ValueError, match="scheduler belongs to another optimizer"):
         mb.AdaScale(sgd(), base_batch_size=2, scheduler=ExponentialLR(sgd(), 0.9))
+    optimizer = sgd()
+    with pytest.raises(ValueError, match="a ReduceLROnPlateau needs a loss for each step"):
+        mb.AdaScale(optimizer, base_batch_size=2, scheduler=ReduceLROnPlateau(optimizer))
     with pytest.raises(ValueError, match="clamp must be 'average' or 'window'"):
         mb.AdaScale(sgd(), base_batch_size=2, clamp="never")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="memory must be a positive number"):

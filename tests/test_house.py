@@ -42,6 +42,7 @@ LEVELS = (
     ("lockstep",),
     ("batch", "devices", "budget", "prediction", "gathering", "replay", "aligned_random"),
     ("grouping", "weighting", "recording", "size_plans"),
+    ("scheduled_batches",),
     ("criteria", "tally", "report", "rehearsal", "update_memory"),
     ("recovery", "measuring", "seeds", "moment_average"),
     ("fitting", "auto_size"),

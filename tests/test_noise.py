@@ -674,3 +674,11 @@ def test_sizes_times_and_scales_that_make_no_sense_are_refused() -> None:
         tradeoff(math.inf, [4])
     with pytest.raises(ValueError, match="seconds_per_sample must be a positive number of seconds"):
         fastest_batch_size(10.0, seconds_per_sample=0, seconds_per_update=1, largest_micro_batch=4)
+    options = {"seconds_per_sample": 1, "seconds_per_update": 1, "largest_micro_batch": 4}
+    for wrong in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="noise_scale must be a number of samples, at least 0, or infinite"):
+            fastest_batch_size(wrong, **options)
+        with pytest.raises(ValueError, match="low must be a number of samples"):
+            fastest_batch_size(10.0, low=wrong, **options)
+        with pytest.raises(ValueError, match="high must be a number of samples"):
+            fastest_batch_size(10.0, high=wrong, **options)

@@ -407,6 +407,57 @@ def test_a_schedule_that_ends_before_training_does_or_after_it_is_found_before_i
         list(mb.windows(DataLoader(dataset(), batch_size=4), batch_size=ending))
 
 
+def test_a_pass_in_which_the_schedule_would_end_is_refused_before_its_first_batch() -> None:
+    short = mb.BatchSchedule.steps({0: 8, 16: 16}, end=SAMPLES - 1)
+    with pytest.raises(ValueError, match=r"ends at 99 samples, .* begins at 0 takes 100 more: .* at least 100"):
+        next(iter(short.batch_sampler(range(SAMPLES))))
+    exact = mb.BatchSchedule.steps({0: 8, 16: 16}, end=SAMPLES)
+    sampler = exact.batch_sampler(range(SAMPLES))
+    for batch in sampler:
+        exact.advance(len(batch))
+    assert exact.samples == SAMPLES
+    with pytest.raises(ValueError, match=r"begins at 100 takes 100 more"):
+        next(iter(sampler))
+
+
+@pytest.mark.parametrize("stateful", [True, False])
+def test_after_a_rollback_over_a_change_of_size_the_rate_fits_the_batch_at_hand(stateful: bool) -> None:
+    # 16 from window 44 on: the snapshot, of window 40, has the rate of batches of 8.
+    optimizer = SGD([weights := nn.Parameter(torch.zeros(2))], lr=0.1)
+    schedule = mb.BatchSchedule.steps({0: 8, 352: 16})
+    model = nn.ParameterList([weights])
+    decay = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    accumulator = mb.Accumulator(model, lambda m, x: ((m[0] - x).square().sum(), len(x)), micro_batch_size=8)
+    guard = mb.SpikeGuard(
+        model,
+        optimizer,
+        scheduler=decay,
+        window=32,
+        min_updates=16,
+        snapshot_every=20,
+        threshold=12.0,
+        warmup_updates=0,
+        stateful=[schedule.rate] if stateful else [],
+    )
+    scale, generator, told = partial(mb.scale_hyperparameters, optimizer, decay), torch.Generator().manual_seed(0), []
+    for window in range(52):
+        schedule.rescale(scale)
+        x = torch.randn(schedule.batch_size, 2, generator=generator) + (1e4 if window == 47 else 0)
+        report = accumulator.run(x)
+        verdict = guard.check(report)
+        told.append((verdict.kind, verdict.back_to, schedule.batch_size, optimizer.param_groups[0]["lr"]))
+        if verdict.accepted:
+            mb.apply_update(optimizer, report)
+            decay.step()
+        schedule.advance(report.num_samples)
+    assert told[46] == ("accepted", None, 16, 0.2)
+    assert told[47][:3] == ("rolled_back", 40, 16)
+    assert schedule.samples == 352 + 8 * 16, "the data goes on"
+    assert told[-1][1:] == (None, 16, pytest.approx(0.2 * 0.5 if stateful else 0.1 * 0.5))
+    with pytest.raises(ValueError, match=r"state of schedule.rate holds lr_batch_size, got samples"):
+        schedule.rate.load_state_dict({"samples": 3})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # several processes
 

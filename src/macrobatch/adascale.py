@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from macrobatch.batch_tradeoff import gain
 from macrobatch.moment_average import moments_of
@@ -175,6 +175,11 @@ def _check(
         )
     if scheduler is not None and scheduler.optimizer is not optimizer:
         raise ValueError("the scheduler belongs to another optimizer: make it for the one given to AdaScale")
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError(
+            "AdaScale steps its scheduler by updates alone, and a ReduceLROnPlateau needs a loss for each step: give "
+            "another scheduler, or step it yourself, between rebase() and the next step()"
+        )
     if clamp not in ("average", "window"):
         raise ValueError(f"clamp must be 'average' or 'window', got {clamp!r}")
     if not memory > 0:

@@ -29,8 +29,7 @@ def efficiency(noise_scale: float, from_batch_size: float, to_batch_size: float)
     Qiao et al. 2021 (Pollux), eq. 7. ValueError for sizes or scales below zero.
     """
     start, goal = _size(from_batch_size), _size(to_batch_size)
-    if math.isnan(noise_scale) or noise_scale < 0:
-        raise ValueError(f"noise_scale must be a number of samples, at least 0, or infinite, got {noise_scale}")
+    _check_scale(noise_scale, "noise_scale")
     return 1.0 if math.isinf(noise_scale) else (noise_scale + start) / (noise_scale + goal)
 
 
@@ -105,6 +104,9 @@ def fastest_batch_size(
     for name, value in (("seconds_per_sample", seconds_per_sample), ("seconds_per_update", seconds_per_update)):
         if not (value > 0 or (value == 0 and name == "seconds_per_update")) or math.isinf(value):
             raise ValueError(f"{name} must be a positive number of seconds, got {value}: measure it on a few windows")
+    ends = {"noise_scale": noise_scale, "low": low, "high": high}
+    for name, scale in ends.items():
+        _check_scale(noise_scale if scale is None else scale, name)
     m = _size(largest_micro_batch)
     best, least, most = (
         math.sqrt(seconds_per_update * scale / seconds_per_sample) if seconds_per_update else 0.0
@@ -158,6 +160,11 @@ def counted(value: float, unit: str = "sample") -> str:
     """
     text = in_samples(value)
     return f"{text} {unit}{'' if text == '1' else 's'}"
+
+
+def _check_scale(noise_scale: float, name: str) -> None:
+    if math.isnan(noise_scale) or noise_scale < 0:
+        raise ValueError(f"{name} must be a number of samples, at least 0, or infinite, got {noise_scale}")
 
 
 def _size(batch_size: float) -> float:

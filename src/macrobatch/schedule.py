@@ -1,13 +1,12 @@
 """The effective batch over training: how large the next one is, how large the one that arrives, and the lr with it."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sized
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 from macrobatch.batch import check_size
-from macrobatch.distributed import AUTO, GroupChoice, Ranks
-from macrobatch.grouping import share
+from macrobatch.distributed import AUTO, GroupChoice
+from macrobatch.scheduled_batches import ScheduledBatches
 from macrobatch.size_plans import Ramp, Steps, in_samples
 
 Result = TypeVar("Result", covariant=True)
@@ -113,6 +112,11 @@ class BatchSchedule:
             raise ValueError(f"num_samples must be an integer of at least 0, got {num_samples!r}")
         self._samples += num_samples
 
+    @property
+    def rate(self) -> "RateSize":
+        """Which batch size the learning rate fits, to go back with it: `SpikeGuard(stateful=[schedule.rate])`."""
+        return RateSize(self)
+
     def rescale(self, scale: Scale[Result]) -> Result | None:
         """The hyperparameters fit the batch that has arrived: `scale` was called if its size is not that of the last.
 
@@ -173,7 +177,7 @@ class BatchSchedule:
 
     def batch_sampler(
         self, sampler: Iterable[int], *, drop_last: bool = False, process_group: GroupChoice = AUTO
-    ) -> "ScheduledBatches":
+    ) -> ScheduledBatches:
         """A batch sampler for a DataLoader: the indices of `sampler` in batches of these sizes, this rank's share."""
         return ScheduledBatches(self, sampler, drop_last, process_group)
 
@@ -214,74 +218,18 @@ class BatchSchedule:
             self._sizes = Steps(tuple(state["starts"]), tuple(state["sizes"]))
 
 
-class ScheduledBatches:
-    """What `BatchSchedule.batch_sampler` returns: re-iterable, with a length where the sampler has one."""
+class RateSize:
+    """The batch size that the learning rate fits, as a state of its own; samples and sizes are no part of it."""
 
-    def __init__(
-        self, schedule: BatchSchedule, sampler: Iterable[int], drop_last: bool, process_group: GroupChoice
-    ) -> None:
-        self.schedule = schedule
-        self.sampler = sampler
-        self.drop_last = drop_last
-        self._process_group = process_group
+    def __init__(self, schedule: BatchSchedule) -> None:
+        self._schedule = schedule
 
-    def __iter__(self) -> Iterator[list[int]]:
-        ranks, schedule = Ranks.of(self._process_group), self.schedule
-        drawn = self._used(ranks)
-        if drawn == 0:
-            schedule._begin_pass()
-        schedule._is_resumed = False
-        indices = islice(iter(self.sampler), _own(drawn, ranks), None)
-        for end in self._ends(drawn, ranks):
-            schedule._drawn = schedule._pass_start + end
-            wanted = _own(end, ranks) - _own(drawn, ranks)
-            batch, drawn = list(islice(indices, wanted)), end
-            if len(batch) == wanted or (batch and not self.drop_last):
-                yield batch
-            if len(batch) < wanted:  # the sampler had no length, and this is its end
-                return
+    def state_dict(self) -> dict[str, int]:
+        """The size alone."""
+        return {"lr_batch_size": self._schedule._lr_batch_size}
 
-    def __len__(self) -> int:
-        """Batches in the pass to come, as known now. TypeError where the sampler has no length."""
-        if not isinstance(self.sampler, Sized):
-            raise TypeError(f"the sampler, a {type(self.sampler).__name__}, has no length, so its batches have none")
-        ranks = Ranks.of(self._process_group)
-        return sum(1 for _ in self._ends(self._used(ranks), ranks))
-
-    def _total(self, ranks: Ranks) -> float:
-        """Samples of a pass over all ranks."""
-        if isinstance(self.sampler, Sized):
-            return len(self.sampler) * ranks.size
-        if ranks.size > 1:
-            raise ValueError(
-                f"the sampler, a {type(self.sampler).__name__}, has no length, so {ranks.size} ranks cannot tell when "
-                "to end together: give one with a length, the same on every rank, such as DistributedSampler"
-            )
-        return math.inf
-
-    def _ends(self, drawn: int, ranks: Ranks) -> Iterator[int]:
-        """The samples of this pass, over all ranks, at the end of each batch from `drawn` samples on."""
-        # A pass that is not resumed begins at the samples used by now: len asks before it has begun.
-        start, total = self.schedule._pass_start if drawn else self.schedule.samples, self._total(ranks)
-        while True:
-            size = self.schedule._sizes(start + drawn)
-            share(size, ranks)  # each rank gets something
-            left = min(size, total - drawn)
-            # Where fewer samples are left than ranks, some rank would wait for the others without a batch.
-            if left < (size if self.drop_last else ranks.size):
-                return
-            drawn += int(left)
-            yield drawn
-
-    def _used(self, ranks: Ranks) -> int:
-        """Samples that a pass which is resumed has used, over all ranks; 0 where a new one begins."""
-        schedule = self.schedule
-        used = schedule.samples - schedule._pass_start
-        if not schedule._is_resumed or used == 0:
-            return 0
-        return used if any(True for _ in self._ends(used, ranks)) else 0
-
-
-def _own(samples: int, ranks: Ranks) -> int:
-    """How many of the first `samples` of a pass are this rank's: they go around, so no rank runs out before others."""
-    return (samples + ranks.size - 1 - ranks.rank) // ranks.size
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """The rate is that of this size, so that the next `rescale` starts from it; samples used are as they were."""
+        if state.keys() != {"lr_batch_size"}:
+            raise ValueError(f"the state of schedule.rate holds lr_batch_size, got {', '.join(sorted(state))}")
+        self._schedule._lr_batch_size = int(state["lr_batch_size"])
