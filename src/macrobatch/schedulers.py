@@ -12,7 +12,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 Schedulers = LRScheduler | Sequence[LRScheduler] | None
 
-GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")  # OneCycleLR and SWALR keep theirs in the groups
+UNGUARDED = "unguarded_lr"  # what "lr" is a share of, where a spike guard lowered it without any scheduler
+GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr", UNGUARDED)  # OneCycleLR, SWALR keep theirs there too
 RATES_PER_GROUP = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")
 SINGLE_RATES = ("eta_min", "min_lr", "max_lr", "default_min_lr")
 CYCLED_MOMENTUMS = ("base_momentum", "max_momentum")
