@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 from macrobatch.cli import app
 from macrobatch.cli.batch_plan import parse_batch_plan, planned_sizes
+from macrobatch.cli.rescaling import one_rule, rescale
 from macrobatch.cli.run_options import tokens_per_sample
+from macrobatch.scaling_rules import RuleName
 from macrobatch.tasks import load_task
 
 TASK = ["--task", "noise_tasks:regression"]
@@ -244,6 +246,22 @@ def test_a_rule_that_only_a_later_size_breaks_is_refused_before_the_first_update
     assert "error: --scaling adam-sde from batch size 8 to 128" in said
     assert "With --scaling none the learning rate stays as given" in " ".join(said.split())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("named", ["auto", "sqrt"])
+def test_the_rule_for_every_step_is_the_one_that_fits_the_whole_way(named: RuleName) -> None:
+    def moved(betas: tuple[float, float], sizes: list[int], rule: RuleName) -> tuple[str, float, float]:
+        optimizer = torch.optim.AdamW([torch.ones(2)], lr=1e-3, betas=betas)
+        for before, after in pairwise(sizes):
+            rescale(optimizer, rule, from_batch_size=before, to_batch_size=after)
+        return rule, optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"][1]
+
+    low, usual, steps = (0.9, 0.95), (0.9, 0.999), [32, 64, 128, 256]
+    for betas, expected in ((low, 0.95), (usual, 0.999**8 if named == "auto" else 0.999)):
+        rule = one_rule(torch.optim.AdamW([torch.ones(2)], betas=betas), named, 32, steps)
+        for sizes in (steps, [32, 256]):
+            assert moved(betas, sizes, rule) == (rule, pytest.approx(1e-3 * 8**0.5), pytest.approx(expected))
+    assert moved(low, steps, "auto")[2] == pytest.approx(0.95**4), "the control: chosen anew at each step"
 
 
 def test_a_plan_reads_numbers_as_people_write_them() -> None:

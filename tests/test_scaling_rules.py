@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -695,6 +696,19 @@ def test_there_and_back_is_nothing() -> None:
         for old, new in zip(before, knobs(optimizer), strict=True):
             numbers = {key: value for key, value in old.items() if isinstance(value, float)}
             assert {key: new[key] for key in numbers} == pytest.approx(numbers, rel=1e-12)
+
+
+def test_there_and_back_is_nothing_by_a_named_rule_where_the_automatic_one_depends_on_the_way() -> None:
+    def after(rule: Any, sizes: tuple[int, ...]) -> dict[str, Any]:
+        optimizer = torch.optim.AdamW([torch.ones(2)], lr=1e-3, betas=(0.9, 0.95))
+        for old, new in itertools.pairwise(sizes):
+            mb.scale_hyperparameters(optimizer, from_batch_size=old, to_batch_size=new, rule=rule)
+        return {key: optimizer.param_groups[0][key] for key in ("lr", "betas", "eps", "weight_decay")}
+
+    start, there_and_back = after("sqrt", (32,)), (32, 256, 32)
+    for key, value in after("sqrt", there_and_back).items():
+        assert value == pytest.approx(start[key], rel=1e-12)
+    assert after("auto", there_and_back)["betas"][1] == pytest.approx(0.95**0.125), "the control"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

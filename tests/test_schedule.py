@@ -273,15 +273,18 @@ def test_a_doubling_that_has_not_arrived_yet_is_not_doubled_again() -> None:
 # the learning rate
 
 
-def test_the_rate_moves_with_the_batch_that_arrives_and_ends_where_one_step_would_have_brought_it() -> None:
+@pytest.mark.parametrize(("betas", "rule"), [((0.9, 0.999), "auto"), ((0.9, 0.95), "sqrt")])
+def test_the_rate_moves_with_the_batch_that_arrives_and_ends_where_one_step_would_have_brought_it(
+    betas: tuple[float, float], rule: Any
+) -> None:
     weights = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    optimizer = AdamW([weights], lr=1e-3, weight_decay=0.1)
+    optimizer = AdamW([weights], lr=1e-3, betas=betas, weight_decay=0.1)
     decay = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     schedule = mb.BatchSchedule.doubling(3, largest=24)
     loader = DataLoader(
         dataset(), batch_sampler=schedule.batch_sampler(range(SAMPLES)), num_workers=2, prefetch_factor=2
     )
-    scale = partial(mb.scale_hyperparameters, optimizer, decay)
+    scale = partial(mb.scale_hyperparameters, optimizer, decay, rule=rule)
     told = []
     for _ in range(3):
         for (batch,) in loader:
@@ -293,8 +296,8 @@ def test_the_rate_moves_with_the_batch_that_arrives_and_ends_where_one_step_woul
             observed(schedule)
     scalings = [scaling for scaling in told if scaling is not None]
     assert [(s.from_batch_size, s.to_batch_size) for s in scalings] == [(3, 6), (6, 12), (12, 24)]
-    once = AdamW([weights], lr=1e-3, weight_decay=0.1)
-    mb.scale_hyperparameters(once, from_batch_size=3, to_batch_size=24)
+    once = AdamW([weights], lr=1e-3, betas=betas, weight_decay=0.1)
+    mb.scale_hyperparameters(once, from_batch_size=3, to_batch_size=24, rule=rule)
     for name in ("lr", "betas", "eps", "weight_decay"):
         assert optimizer.param_groups[0][name] == pytest.approx(once.param_groups[0][name], rel=1e-12)
 

@@ -3,12 +3,13 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from macrobatch import Scaling, ScalingWarning, scale_hyperparameters
+from macrobatch.scaling_families import family_of, rule_for
 from macrobatch.scaling_rules import RuleName
 
 
@@ -43,6 +44,19 @@ def rescale(
             f"--scaling {rule} from batch size {from_batch_size} to {to_batch_size}: {error}. With --scaling none the "
             "learning rate stays as given"
         ) from None
+
+
+def one_rule(optimizer: Optimizer, rule: RuleName, base_batch_size: int, sizes: Sequence[int]) -> RuleName:
+    """The rule for all changes of size: "auto" is what fits the whole way to the largest, however many steps it takes.
+
+    For each step by itself it may choose another, and where the run arrives would depend on the way.
+    """
+    try:
+        family = family_of(optimizer, None)
+    except ValueError:  # which `rescale` tells of where it matters
+        return rule
+    whole_way = rule_for(rule, family, optimizer, max(sizes) / base_batch_size).name if rule == "auto" else rule
+    return rule if whole_way == family.auto else cast(RuleName, whole_way)
 
 
 def refuse_unreachable(optimizer: Optimizer, rule: RuleName, base_batch_size: int, sizes: Sequence[int]) -> None:

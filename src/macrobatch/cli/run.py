@@ -20,7 +20,7 @@ from macrobatch.cli.formats import bytes_text
 from macrobatch.cli.guard import make_guard, verdict_entries
 from macrobatch.cli.memory_use import MemoryUse
 from macrobatch.cli.noise_watch import NoiseWatch
-from macrobatch.cli.rescaling import refuse_unreachable, rescale
+from macrobatch.cli.rescaling import one_rule, refuse_unreachable, rescale
 from macrobatch.cli.run_options import TrainOptions
 from macrobatch.cli.sampling import UpdateIndices
 from macrobatch.fitting import Memory
@@ -90,8 +90,9 @@ class Run:
 
     def _scaled_optimizer(self) -> tuple[Optimizer, Scaling | None]:
         """The task's optimizer for the first size. ValueError where the rule cannot reach a later one."""
-        rule, first = self.options.scaling, self.schedule.batch_size
+        first = self.schedule.batch_size
         trial = self.task.make_optimizer(self.model, self.base_learning_rate)
+        rule = self.rule = one_rule(trial, self.options.scaling, self.base_batch_size, self.batch_plan.sizes)
         refuse_unreachable(trial, rule, self.base_batch_size, self.batch_plan.sizes)
         optimizer = self.task.make_optimizer(self.model, self.base_learning_rate)
         return optimizer, rescale(optimizer, rule, from_batch_size=self.base_batch_size, to_batch_size=first)
@@ -188,7 +189,7 @@ class Run:
         def scale(*, from_batch_size: int, to_batch_size: int) -> Scaling | None:
             return rescale(
                 self.optimizer,
-                self.options.scaling,
+                self.rule,
                 scheduler=self.scheduler,
                 from_batch_size=from_batch_size,
                 to_batch_size=to_batch_size,
