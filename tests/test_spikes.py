@@ -418,6 +418,22 @@ def test_rates_that_the_loop_sets_by_hand_are_lowered_each_time() -> None:
     assert rates_in_use(schedule) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_a_rate_that_follows_the_batch_size_without_a_scheduler_stays_lowered_once(tensor_lr: bool) -> None:
+    lr = torch.tensor(0.01) if tensor_lr else 0.01
+    mine = Training(lambda model: AdamW(model.parameters(), lr=lr, foreach=False), lambda o: None)
+    guard, seen = mine.guard(lr_factor=0.5, warmup_updates=2), []
+    for t, batch in enumerate(windows(50, bad=[BAD])):
+        if t in (38, 42, 46):
+            change = mb.scale_hyperparameters(mine.optimizer, from_batch_size=8, to_batch_size=32, rule="sqrt")
+            assert [c.name for c in change.changes if "lr" in c.name] == ["lr"]
+        mine.train([batch], guard)
+        if mine.verdicts[-1].accepted:
+            seen.append(float(mine.optimizer.param_groups[0]["lr"]))
+    expected = [0.01] * 34 + [0.0025] + [0.005] * 2 + [0.01] * 4 + [0.02] * 4 + [0.04] * 4
+    assert seen == pytest.approx(expected, rel=1e-6)
+
+
 def test_control_multiplying_the_group_alone_is_undone_by_the_next_step_of_a_scheduler() -> None:
     optimizer = SGD([nn.Parameter(torch.ones(1))], lr=1.0)
     scheduler = LambdaLR(optimizer, lambda step: 1.0)
@@ -510,6 +526,27 @@ def test_an_overflow_of_the_loss_scale_is_the_scalers_and_goes_on() -> None:
     assert_same(mine, run(guarded=False)[0])
     assert mine[1]["scale"] < 2.0**127
     assert "rolled_back" in run(guarded=True, bad=35, scale=2.0**16)[1]
+
+
+def test_gradients_that_no_loss_scale_makes_finite_are_given_up_on() -> None:
+    def broken(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        output = model(batch[0])
+        output.register_hook(lambda gradient: gradient * math.inf)  # at a finite loss
+        return (output - batch[1]).square().sum(), len(batch[0])
+
+    model = nn.Linear(4, 1)
+    optimizer, scaler = SGD(model.parameters(), lr=0.01), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    accumulator = mb.Accumulator(model, broken, micro_batch_size=4, scaler=scaler)
+    guard, kinds = mb.SpikeGuard(model, optimizer, scaler=scaler, max_flags_in_a_row=5), []
+
+    def train() -> None:
+        for x, y in windows(100):
+            kinds.append(guard.check(accumulator.run((x.float(), y.float()))).why)
+
+    with pytest.raises(mb.SpikeError, match=r"5 windows in a row were flagged, .* gradient norm not finite"):
+        train()
+    assert kinds == ["the loss scale was too large"] * 10 + ["gradient norm not finite"] * 4
+    assert scaler.get_scale() == 1.0
 
 
 def test_a_window_without_terms_is_no_spike_and_no_update() -> None:
@@ -661,6 +698,28 @@ def test_parts_that_do_not_belong_together_are_refused() -> None:
         mb.SpikeGuard(mine.model, mine.optimizer)
     with pytest.raises(ValueError, match="optimizer must be a torch optimizer, or several, got a Sequential"):
         mb.SpikeGuard(mine.model, mine.model)  # type: ignore[arg-type]
+
+
+def test_an_adascale_is_guarded_by_skipping_and_never_goes_back() -> None:
+    def guarded(policy: str, adas: bool = False) -> list[str]:
+        mine = Training(lambda model: SGD(model.parameters(), lr=0.01), lambda o: None, measure="norms", plain=True)
+        mine.accumulator = mb.Accumulator(mine.model, squared_error, micro_batch_size=4, measure="norms")
+        adascale = mb.AdaScale(mine.optimizer, base_batch_size=4)
+        guard = mine.guard(policy=policy, stateful=[adascale] if adas else [])
+        kinds = []
+        for batch in windows(44, bad=[BAD]):
+            report = mine.accumulator.run(batch)
+            kinds.append(guard.check(report).kind)
+            if kinds[-1] == "accepted":
+                adascale.step(report)
+                mb.apply_update(mine.optimizer, report)
+        return kinds
+
+    with pytest.raises(ValueError, match=r"an AdaScale sets every rate anew .* policy='skip'"):
+        guarded("rollback", adas=True)
+    assert guarded("skip").count("skipped") == 1
+    with pytest.raises(ValueError, match="AdaScale had set"):  # the limit that the pages tell of
+        guarded("rollback")
 
 
 def test_check_has_its_place_between_run_and_apply_update() -> None:

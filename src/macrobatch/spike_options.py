@@ -92,6 +92,11 @@ def run_of(
     for thing in stateful:
         if not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
             raise ValueError(f"stateful things have state_dict and load_state_dict, a {type(thing).__name__} has not")
+        if hasattr(thing, "rebase") and hasattr(thing, "gain"):
+            raise ValueError(
+                f"an {type(thing).__name__} sets every rate anew and takes a rate that went back for another hand's: "
+                "guard it with policy='skip', and without it in stateful"
+            )
     run = Run(modules, optimizers, schedulers, scaler, tuple(stateful))
     if any(hasattr(p, "full_tensor") for p in run.parameters):
         raise ValueError(

@@ -104,6 +104,8 @@ class SpikeGuard:
         ranks = Ranks(report.process_group)
         overflows = seen.has_terms and report.scaler is not None and report.scaler.is_enabled()
         overflows = overflows and math.isfinite(seen.loss) and not math.isfinite(seen.grad_norm)
+        # Below 1 no scale is to blame. It is on the host only where it was asked for, so only then.
+        overflows = overflows and report.scaler is not None and report.scaler.get_scale() > 1.0
         high = [score is not None and score > self.threshold for score in scores]
         refuse_missing(seen, self._run)
         empty, overflow, broken, high_loss, high_norm = ranks.any_of(
