@@ -381,7 +381,7 @@ def test_the_table_has_the_new_rows_and_the_figures_are_drawn_over_seeds() -> No
     full = replace(full, results={**base.results, "scaled": full.results["scaled"]})
     table = dict(rows(full))
     assert table["learning rate"] == ["0.1", "0.1", "0.1", "0.8"]
-    assert table["noise scale, 95%"] == ["-", "10.2 to 15.4", "-", "over 90"]
+    assert table["noise scale, 95%"] == ["-", "10 to 15", "-", "over 90"]
     assert table["sharpness"] == ["3.00", "5.00", "-", "-"]
     assert table["sharpness, 3 seeds, 95%"] == ["3.03 ± 0.38", "5.03 ± 0.14", "-", "-"]
     for plot in PLOTS:
@@ -434,7 +434,7 @@ def test_why_scaling_did_not_help_is_said_as_far_as_the_numbers_show_it() -> Non
     noisy = scale_words.scaled_rate(scaled(2.9, gradient_squared=Estimate(0.01, 0.0005)))
     assert behind is not None
     assert noisy is not None
-    assert "of 64 samples they are not, where accumulation ended (noise scale 12.8)" in behind.text
+    assert "of 64 samples they are not, where accumulation ended (noise scale 13)" in behind.text
     assert "mostly noise" not in noisy.text
     assert "On the way it was ahead" not in behind.text
     early = replace(scaled(2.9).results["scaled"].course, validation_losses=[(0, 5.5), (512, 2.4), (1024, 2.9)])  # type: ignore[type-var]

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.distributed
 RANKS = Path(gathered_ranks.__file__)
 
 
-@pytest.fixture(scope="session", params=[2, 3])
+@pytest.fixture(scope="session", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """For each claim the traceback of each rank, empty where it held; all claims in one start of the processes."""
     world, folder = request.param, tmp_path_factory.mktemp("gathered")

@@ -597,7 +597,7 @@ def test_observing_a_report_reads_nothing_from_the_device() -> None:
 # ---- over ranks
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """For each claim the traceback of each rank, empty where it held."""
     world, folder, script = request.param, tmp_path_factory.mktemp("ranks"), Path(noise_ranks.__file__)
