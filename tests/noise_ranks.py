@@ -3,12 +3,9 @@
 Each rank has its own number of samples and micro-batches; everything is compared with one process on all of them.
 """
 
-import datetime
-import os
 import sys
-import traceback
-from pathlib import Path
 
+import ranks
 import torch
 import torch.distributed as dist
 from moments_by_hand import float64, moments_of_gradients
@@ -101,21 +98,6 @@ def examples_of_all_ranks_make_one_batch(world: int) -> None:
 CLAIMS = (windows_of_all_ranks_make_one_estimate, examples_of_all_ranks_make_one_batch)
 
 
-def main(rank: int, world: int, folder: str) -> None:
-    """Run the claims on this rank and write, for each, nothing or the traceback."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    for claim in CLAIMS:
-        start, timeout = f"file://{folder}/{claim.__name__}.start", datetime.timedelta(seconds=60)
-        dist.init_process_group("gloo", init_method=start, rank=rank, world_size=world, timeout=timeout)
-        try:
-            claim(world)
-            text = ""
-        except Exception:
-            text = traceback.format_exc()
-        Path(folder, f"{claim.__name__}.{rank}").write_text(text)
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    ranks.claims = lambda: {claim.__name__: claim for claim in CLAIMS}
+    ranks.main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

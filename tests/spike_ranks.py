@@ -1,13 +1,11 @@
 """What each process of the distributed tests of test_spikes.py runs; imports nothing from pytest."""
 
-import datetime
 import math
-import os
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 
+import ranks
 import torch
 import torch.distributed as dist
 from spiking import Batch, Training, assert_same, windows
@@ -72,21 +70,6 @@ def the_micro_batch_is_named_with_its_rank(world: int) -> None:
 CLAIMS = (all_ranks_go_back_together_bit_for_bit, the_micro_batch_is_named_with_its_rank)
 
 
-def main(rank: int, world: int, folder: str) -> None:
-    """Run the claims on this rank and write, for each, nothing or the traceback."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    for claim in CLAIMS:
-        start, timeout = f"file://{folder}/{claim.__name__}.start", datetime.timedelta(seconds=60)
-        dist.init_process_group("gloo", init_method=start, rank=rank, world_size=world, timeout=timeout)
-        try:
-            claim(world)
-            text = ""
-        except Exception:
-            text = traceback.format_exc()
-        Path(folder, f"{claim.__name__}.{rank}").write_text(text)
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    ranks.claims = lambda: {claim.__name__: claim for claim in CLAIMS}
+    ranks.main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

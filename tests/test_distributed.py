@@ -1,34 +1,16 @@
 """Two and three real gloo processes: the gradient is that of one process on everything, whatever each rank holds."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import ranks
+from processes import outcomes_of
 
 pytestmark = pytest.mark.distributed
-RANKS = Path(ranks.__file__)
 
 
 @pytest.fixture(scope="session", params=[2, 3])
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """For each claim the traceback of each rank, empty where it held; all claims in one start of the processes."""
-    world, folder = request.param, tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    processes = [
-        subprocess.Popen([sys.executable, RANKS, str(rank), str(world), str(folder)], env=environment, cwd=RANKS.parent)
-        for rank in range(world)
-    ]
-    try:
-        for process in processes:
-            process.wait(timeout=300)
-    finally:
-        for process in processes:
-            process.kill()
-    paths = {name: [folder / f"{name}.{rank}" for rank in range(world)] for name in ranks.claims()}
-    return {name: [p.read_text() if p.exists() else "never finished" for p in ps] for name, ps in paths.items()}
+    return outcomes_of(ranks.__file__, ranks.claims(), request.param, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("claim", sorted(ranks.claims()))

@@ -229,3 +229,40 @@ def test_measuring_keeps_one_more_copy_of_the_gradients_and_no_more() -> None:
 def test_an_unknown_measure_is_refused() -> None:
     with pytest.raises(ValueError, match="measure must be 'norms', 'squares' or None, got 'norm'"):
         mb.Accumulator(model_of(), mean, measure="norm")  # type: ignore[arg-type]
+
+
+def test_a_window_that_ran_again_from_zero_is_measured_once() -> None:
+    """BatchNorm cannot be mended in place, so a failed backward starts the window over; a failed forward does not."""
+
+    def run(fail_at: int, in_backward: bool) -> mb.Report:
+        torch.manual_seed(0)
+        model, calls = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).double(), [0]
+
+        def fail(_: Tensor | None = None) -> None:
+            raise torch.OutOfMemoryError("injected")
+
+        def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+            calls[0] += 1
+            if calls[0] == fail_at and not in_backward:
+                fail()
+            loss = mean(model, batch)
+            if calls[0] == fail_at:
+                loss.register_hook(fail)
+            return loss
+
+        accumulator = mb.Accumulator(model, loss_fn, measure="squares", batch_norm="micro_batch")
+        inputs, targets = batch_of(12)
+        report = accumulator.run(mb.Window(list(zip(inputs.split(4), targets.split(4), strict=True))))
+        assert report.retries == 1
+        assert report.micro_batch_sizes == (2,) * 6
+        return report
+
+    again, in_place = run(3, in_backward=True), run(1, in_backward=False)
+    assert again.moments is not None
+    assert in_place.moments is not None
+    assert int(again.moments.num_micro_batches) == 3
+    assert again.moments.squared_norms.tolist() == pytest.approx(in_place.moments.squared_norms.tolist(), rel=1e-11)
+    assert again.mean_squares is not None
+    assert in_place.mean_squares is not None
+    for mine, theirs in zip(again.mean_squares, in_place.mean_squares, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-20)  # type: ignore[arg-type]

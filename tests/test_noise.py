@@ -3,17 +3,14 @@
 import copy
 import itertools
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from fractions import Fraction
-from pathlib import Path
 
 import noise_ranks
 import pytest
 import torch
 from moments_by_hand import float64, moments_of_gradients, report_of
+from processes import outcomes_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -600,22 +597,8 @@ def test_observing_a_report_reads_nothing_from_the_device() -> None:
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """For each claim the traceback of each rank, empty where it held."""
-    world, folder, script = request.param, tmp_path_factory.mktemp("ranks"), Path(noise_ranks.__file__)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), str(world), str(folder)], env=environment, cwd=script.parent
-        )
-        for rank in range(world)
-    ]
-    try:
-        for process in processes:
-            process.wait(timeout=120)
-    finally:
-        for process in processes:
-            process.kill()
-    paths = {claim.__name__: [folder / f"{claim.__name__}.{r}" for r in range(world)] for claim in noise_ranks.CLAIMS}
-    return {name: [p.read_text() if p.exists() else "never finished" for p in ps] for name, ps in paths.items()}
+    names = [claim.__name__ for claim in noise_ranks.CLAIMS]
+    return outcomes_of(noise_ranks.__file__, names, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.distributed

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import NormalDist
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import spike_ranks
 import torch
+from processes import outcomes_of
 from spiking import QUICK, UNCHANGED_LR, Batch, Training, assert_same, squared_error, windows
 from test_scaling_rules import EVERY_OPTIMIZER, EVERY_SCHEDULER, groups, move, rates
 from torch import Tensor, nn
@@ -633,23 +631,8 @@ def test_a_state_of_another_kind_is_refused() -> None:
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """For each claim the traceback of each rank, empty where it held."""
-    world, folder, script = request.param, tmp_path_factory.mktemp("ranks"), Path(spike_ranks.__file__)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), str(world), str(folder)], env=environment, cwd=script.parent
-        )
-        for rank in range(world)
-    ]
-    try:
-        for process in processes:
-            process.wait(timeout=120)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    paths = {claim.__name__: [folder / f"{claim.__name__}.{r}" for r in range(world)] for claim in spike_ranks.CLAIMS}
-    return {name: [p.read_text() if p.exists() else "never finished" for p in ps] for name, ps in paths.items()}
+    names = [claim.__name__ for claim in spike_ranks.CLAIMS]
+    return outcomes_of(spike_ranks.__file__, names, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.distributed
