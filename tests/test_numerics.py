@@ -295,3 +295,47 @@ def test_metrics_without_terms_are_not_a_number() -> None:
     model = nn.Linear(1, 1)
     accumulator = mb.Accumulator(model, lambda model, batch: mb.Loss(torch.zeros(()), 0, {"hits": 0.0}))
     assert math.isnan(float(accumulator.run(mb.Window([torch.ones(2, 1)])).metrics["hits"]))
+
+
+def summed(dtype: torch.dtype, num_summands: int) -> float:
+    """The relative error of a mean of gradients (mean 3, deviation 1) that are added up in `dtype`, against float64."""
+    generator = torch.Generator().manual_seed(0)
+    total, truth = torch.zeros(20000, dtype=dtype), torch.zeros(20000, dtype=torch.float64)
+    for _ in range(num_summands):
+        g = 3 + torch.randn(20000, generator=generator)
+        total += g.to(dtype)
+        truth += g.to(torch.float64)
+    return float((total.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "errors"),
+    [
+        (torch.bfloat16, (4.1e-3, 4.1e-2, 3.6e-1)),
+        (torch.float16, (5.1e-4, 2.0e-3, 3.9e-3)),
+        (torch.float32, (6.2e-8, 2.4e-7, 4.8e-7)),
+    ],
+)
+def test_what_adding_up_in_each_dtype_loses(dtype: torch.dtype, errors: tuple[float, ...]) -> None:
+    for num_summands, expected in zip((16, 256, 1024), errors, strict=True):
+        assert expected / 1.5 < summed(dtype, num_summands) < 1.5 * expected
+
+
+@pytest.mark.parametrize(("dtype", "stall"), [(torch.bfloat16, 256), (torch.float16, 2048), (torch.float32, 2**24)])
+def test_where_equal_summands_stop_adding_up(dtype: torch.dtype, stall: int) -> None:
+    one, below, at = (torch.tensor(float(x), dtype=dtype) for x in (1, stall - 1, stall))
+    assert float(below + one) == stall
+    assert float(at + one) == stall, "the sum no longer grows"
+
+
+def test_bf16_parameters_do_not_stall_where_bf16_sums_would() -> None:
+    p = torch.nn.Linear(1, 1, bias=False).bfloat16()
+    window = mb.Window([torch.ones(1, 1, dtype=torch.bfloat16)] * 512)
+    mb.Accumulator(p, lambda model, x: (model(x).float().sum(), 1.0 / 512)).run(window)
+    assert p.weight.grad is not None
+    assert p.weight.grad.item() == 512
+    plain = torch.nn.Linear(1, 1, bias=False).bfloat16()
+    for x in window:
+        plain(x).float().sum().backward()
+    assert plain.weight.grad is not None
+    assert plain.weight.grad.item() == 256, "control"
