@@ -184,6 +184,23 @@ def ratios(taken: dict[str, list[float]], m: int) -> list[float]:
     return [round(q, 4) for q in statistics.quantiles(quotients, n=4)]
 
 
+ROWS = {"full batch": "full batch", "plain accumulation (wrong)": "plain accumulation"}
+ROWS |= {"cached gradients by hand": "by hand"} | {f"m = {m}": f"m = {m}" for m in KEEPS}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Time, expected time, peak and error of each way, in Markdown."""
+    expected, found = results["over the expected time"], []
+    for name, way in ROWS.items():
+        time_ratio = results["milliseconds"][way] / results["milliseconds"]["by hand"]
+        low, middle, high = expected.get(way, [0, 0, 0])
+        of_expected = f"{middle:.3f} ({low:.2f} to {high:.2f})" if middle else ""
+        peak, error = results["peak MB"][way], results["gradient error"][way]
+        found.append(f"| {name} | {time_ratio:.2f} | {of_expected} | {peak:.1f} MB | {error:.0e} |")
+    head = "| way | time, of cached gradients by hand | of the expected | peak | error of the gradient |"
+    return "\n".join([head, "|---|---|---|---|---|", *found])
+
+
 def main() -> None:
     """Measure, print, and write with machine and versions if --output says where."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -215,6 +232,7 @@ def main() -> None:
     }
     for name, value in results.items():
         print(f"{name}: {value}")
+    print(table(results))
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(results, indent=2) + "\n")

@@ -1,0 +1,61 @@
+"""What the pages say that losses over all outputs cost and bring is what was measured, and keeps its promises."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "contrastive.md"
+
+
+def benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def kept(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def check_peaks_and_errors(peak: dict[str, float], error: dict[str, float]) -> None:
+    """One kept graph costs no memory, each further one does; only plain accumulation has another gradient."""
+    assert peak["m = 1"] == peak["m = 0"] <= peak["by hand"]
+    assert peak["m = 1"] < 0.25 * peak["full batch"]
+    assert peak["m = 1"] < peak["m = 2"] < peak["m = 4"] < peak["m = 8"]
+    assert all(error[f"m = {m}"] <= 1e-12 for m in (0, 1, 2, 4, 8))
+    assert error["plain accumulation"] > 0.05
+
+
+def test_each_kept_graph_saves_a_forward_and_one_is_free_as_measured_and_as_the_page_says() -> None:
+    results = kept("contrastive")
+    assert benchmark("contrastive").table(results) in PAGE.read_text(encoding="utf-8")
+    assert all(0.95 <= middle <= 1.05 for _, middle, _ in results["over the expected time"].values())
+    assert results["over by hand"]["m = 1"] < 1
+    check_peaks_and_errors(results["peak MB"], results["gradient error"])
+
+
+@pytest.fixture
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_benchmark_of_kept_graphs_counts_the_same_on_any_machine() -> None:
+    module = benchmark("contrastive")
+    torch.manual_seed(0)
+    case = module.Case(8, 32, 2, 32)
+    bytes_ = module.peaks(case)
+    check_peaks_and_errors(bytes_, module.errors(case))
