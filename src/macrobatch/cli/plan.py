@@ -10,6 +10,7 @@ from rich.console import Console
 
 from macrobatch.cli import setup
 from macrobatch.cli.forecast import coupling_layer, sample_batch
+from macrobatch.cli.gathered_plan import GatheredNeeds, gathered_plan
 from macrobatch.cli.plan_figure import save_curve
 from macrobatch.cli.plan_words import choices_table, lines, memory_table
 from macrobatch.cli.progress import say
@@ -53,15 +54,18 @@ def planned(task: Task, options: PlanOptions, device: torch.device) -> Plan:
     batch_size = options.batch_size or min(task.batch_size, data_size)
     if batch_size > data_size:
         raise ValueError(f"--batch-size {batch_size} is more than the {data_size} training samples of {task.name}")
-    model = task.model.to(device)
+    model, autocast = task.model.to(device), setup.autocast_dtype(options.precision)
+    optimizer = task.make_optimizer(model, task.learning_rate)
+    if task.encode is not None:
+        return gathered_plan(GatheredNeeds.of(task, model, optimizer, batch_size, options.max_memory, autocast))
     return make_plan(
         model,
         task.loss_fn,
         sample_batch(task),
         batch_size=batch_size,
         max_memory=options.max_memory,
-        optimizer=task.make_optimizer(model, task.learning_rate),
-        autocast=setup.autocast_dtype(options.precision),
+        optimizer=optimizer,
+        autocast=autocast,
     )
 
 

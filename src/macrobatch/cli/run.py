@@ -12,12 +12,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from macrobatch import Accumulator, Report, Scaling, Update, apply_update, collate_windows
+from macrobatch import GatheredAccumulator, Report, Scaling, Update, apply_update, collate_windows
 from macrobatch.budget import budget_bytes
 from macrobatch.cli import run_options, setup
 from macrobatch.cli.forecast import Forecast, sample_batch
 from macrobatch.cli.formats import bytes_text
+from macrobatch.cli.gathered_plan import GatheredNeeds, gathered_plan
 from macrobatch.cli.guard import make_guard, verdict_entries
+from macrobatch.cli.learner import accumulator_of
 from macrobatch.cli.memory_use import MemoryUse
 from macrobatch.cli.noise_watch import NoiseWatch
 from macrobatch.cli.rescaling import one_rule, refuse_unreachable, rescale
@@ -57,17 +59,20 @@ class Run:
         self.max_memory = None if options.max_memory is None else budget_bytes(options.max_memory, self.device)
         self.given_size, self.why_given = run_options.given_size(task, options, self.batch_plan)
         self.plan = None if self.given_size is not None else self._plan()
+        if self.given_size is not None and task.encode is not None and self.max_memory is not None:
+            self._needs(self.batch_size).graphs(self.given_size)  # a loss that does not fit is refused here
         needs_noise = options.noise == "measure" or self.batch_plan.measures
         # It takes one more copy of the gradients: not where memory is short, unless that is what the run is about.
-        self.measures = needs_noise or (self.max_memory is None and options.noise == "watch")
+        watches = self.max_memory is None and options.noise == "watch" and task.encode is None
+        self.measures = needs_noise or watches
         self.noise = NoiseWatch(options.noise_half_life)
         self.scaler = setup.scaler_for(options.precision, self.device)
-        self.accumulator = Accumulator(
+        spends = self.given_size is None or task.encode is not None  # on a size that is found, or on kept graphs
+        self.accumulator = accumulator_of(
+            task,
             self.model,
-            task.loss_fn,
             micro_batch_size=self.given_size or "auto",
-            max_memory=None if self.given_size else self.max_memory,
-            batch_norm="micro_batch",  # the task says what its micro-batches normalise over
+            max_memory=self.max_memory if spends else None,
             autocast=self.autocast,
             scaler=self.scaler,
             measure="norms" if self.measures else None,
@@ -102,6 +107,11 @@ class Run:
         """The most samples in memory at once: given, or found so far."""
         return self.given_size or self.accumulator.micro_batch_size or min(self.task.micro_batch_size, self.batch_size)
 
+    @property
+    def kept_graphs(self) -> int | None:
+        """Of how many micro-batches the graph is kept for the backward, where a loss is over all outputs; else None."""
+        return self.accumulator.keep_graphs if isinstance(self.accumulator, GatheredAccumulator) else None
+
     def windows(self) -> DataLoader[Any]:
         """The effective batches of the run: cut into micro-batches before they are collated, if their size is given."""
         collate = self.task.collate
@@ -115,6 +125,8 @@ class Run:
 
     def _plan(self) -> Plan:
         """What fits. ValueError, before anything is trained or written, where not even one sample does."""
+        if self.task.encode is not None:
+            return gathered_plan(self._needs(self.batch_size))
         return plan(
             self.model,
             self.task.loss_fn,
@@ -125,8 +137,15 @@ class Run:
             autocast=self.autocast,
         )
 
+    def _needs(self, batch_size: int) -> GatheredNeeds:
+        """What updates of so many samples need whose loss is over all outputs. ValueError if the loss does not fit."""
+        return GatheredNeeds.of(self.task, self.model, self.optimizer, batch_size, self.max_memory, self.autocast)
+
     def predicted(self, number: int, micro_batch_size: int) -> Memory | None:
         """What update `number`, from 1, takes in micro-batches of that size; None if it cannot be known."""
+        if self.task.encode is not None:
+            needs = self._needs(self.sizes[number - 1])
+            return needs.predicted(micro_batch_size, self.rows[number - 1]["kept_graphs"])
         forecast = Forecast(self.task, self.model, self.optimizer, self.device, self.autocast)
         found = forecast.memory(self.sizes[number - 1], micro_batch_size)
         if found is None or not self.measures:
@@ -162,6 +181,7 @@ class Run:
             "micro_batches": report.accumulation_steps,
             "largest_micro_batch": max(report.micro_batch_sizes),
             "retries": report.retries,
+            **({} if self.kept_graphs is None else {"kept_graphs": self.kept_graphs}),
             **({} if ran is None else {"update_seconds": ended - ran}),
             **({} if rescaled is None else {"rescaled_by": rescaled.lr_factor}),
             **verdict_entries(verdict),
@@ -233,6 +253,8 @@ class Run:
         A micro-batch that fails is halved until it is one sample, so a smaller --micro-batch-size is never the remedy.
         """
         budget = "the device" if self.max_memory is None else f"the budget of {bytes_text(self.max_memory)}"
-        what = "the optimizer's state does not fit" if self.has_gradient else "not even one sample at a time fits"
+        too_much = "the optimizer's state does not fit" if self.has_gradient else "not even one sample at a time fits"
+        is_gathered = self.task.encode is not None and not self.has_gradient
+        what = "the loss over all outputs does not fit, or not even one sample at a time" if is_gathered else too_much
         more = "" if self.max_memory is None else "more --max-memory or "
         return f"out of memory in update {self.updates + 1}: {what} into {budget}; give {more}a smaller model"

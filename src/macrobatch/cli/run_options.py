@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from macrobatch import Accumulator, BatchSchedule, Window
+from macrobatch import BatchSchedule, Window
 from macrobatch.cli import setup
 from macrobatch.cli.batch_plan import BatchPlan, parse_batch_plan, planned_sizes
 from macrobatch.cli.forecast import coupling_layer, refuse_auto, sample_batch
 from macrobatch.cli.guard import Guarding
+from macrobatch.cli.learner import accumulator_of
 from macrobatch.scaling_rules import RuleName
 from macrobatch.tasks import Task
 
@@ -73,7 +74,7 @@ def tokens_per_sample(task: Task) -> Callable[[], float]:
         batch, was_training = sample_batch(task), task.model.training
         task.model.eval()
         try:
-            report = Accumulator(task.model, task.loss_fn, batch_norm="micro_batch").evaluate(Window([batch]))
+            report = accumulator_of(task, task.model).evaluate(Window([batch]))
         finally:
             task.model.train(was_training)
         if isinstance(report.loss_weight, dict):
@@ -88,6 +89,8 @@ def tokens_per_sample(task: Task) -> Callable[[], float]:
 def given_size(task: Task, options: TrainOptions, plan: BatchPlan) -> tuple[int | None, str]:
     """The micro-batch size, None where it is to be found, and why it is not found where nobody gave one."""
     smallest, largest, given = min(plan.sizes), max(plan.sizes), options.micro_batch_size
+    if task.encode is not None:
+        _refuse_noise_of_pairs(task, options, plan)
     if options.noise == "measure" or plan.measures:
         return _size_to_measure(task, options, smallest)
     if options.noise == "per example":
@@ -123,6 +126,24 @@ def _size_to_measure(task: Task, options: TrainOptions, smallest: int) -> tuple[
             f"{smallest}{instead}"
         )
     return given, ""
+
+
+def _refuse_noise_of_pairs(task: Task, options: TrainOptions, plan: BatchPlan) -> None:
+    """ValueError where the noise scale is asked for of a loss that compares all samples of an update."""
+    reason = (
+        f"the loss of {task.name} compares all samples of an update, so that neither a sample nor a micro-batch has a "
+        "gradient of its own, and the gradient noise scale is not defined"
+    )
+    if plan.measures:
+        raise ValueError(
+            f"--batch-schedule {options.batch_schedule}: {reason}. Say yourself when the batch grows: steps:SIZES or "
+            "ramp:SIZES"
+        )
+    if options.noise != "watch":
+        raise ValueError(
+            f"macrobatch noise: {reason}; nor are losses at two batch sizes comparable. Compare the validation "
+            f"metrics of macrobatch train at several --batch-size instead"
+        )
 
 
 def _refuse_coupled_examples(task: Task) -> None:

@@ -1,0 +1,151 @@
+"""What an update takes whose loss is over all its outputs: a micro-batch, kept graphs, the outputs, and the loss.
+
+While the loss is computed the kept graphs stand beside it, and no gradients yet; in the first backward all graphs but
+its own, and the gradients of all outputs. The larger of the two is what an update takes beside parameters, gradients,
+optimizer state and inputs.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from macrobatch import GatheredAccumulator, Window
+from macrobatch.budget import budget_bytes
+from macrobatch.checkpointing import compare_checkpointing
+from macrobatch.cli.forecast import sample_batch
+from macrobatch.cli.formats import bytes_text
+from macrobatch.cli.learner import accumulator_of
+from macrobatch.cli.sampling import take
+from macrobatch.fitting import Account, Fitting, Memory
+from macrobatch.graph_budget import Needs
+from macrobatch.memory import memory_limit
+from macrobatch.planning import Choice, Plan, Point
+from macrobatch.prediction import Trace, activations_at
+from macrobatch.substitution import held_tensors
+from macrobatch.tasks import Task
+
+
+@dataclass(frozen=True)
+class GatheredPlan(Plan):
+    """A plan with one graph kept, or none where the loss leaves no room. Bytes of all `outputs`, and of the `loss`.
+
+    `graphs`: the most that fit beside the largest micro-batch. Nothing is timed.
+    """
+
+    outputs: int
+    loss: int
+    graphs: int
+
+
+@dataclass(frozen=True)
+class GatheredNeeds:
+    """What updates of `batch_size` samples take with this optimizer, within `needs.account.max_bytes`."""
+
+    needs: Needs
+    optimizer: Optimizer
+    batch_size: int
+    max_memory: int
+
+    @classmethod
+    def of(
+        cls,
+        task: Task,
+        model: nn.Module,
+        optimizer: Optimizer,
+        batch_size: int,
+        max_memory: int | str | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> "GatheredNeeds":
+        """The loss has run once, forward and backward, on repeated outputs. ValueError for a budget too small for it."""
+        device = next(model.parameters()).device
+        held = sum(tensor.nbytes for tensor in held_tensors([model]))
+        max_bytes = budget_bytes(max_memory, device, held)
+        accumulator = accumulator_of(task, model, max_memory=max_bytes, autocast=autocast)
+        assert isinstance(accumulator, GatheredAccumulator)
+        try:
+            with nullcontext() if max_memory is None else memory_limit(max_bytes, device=device):
+                needs = accumulator._needs(_window(task, batch_size))
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"--max-memory: the loss over all outputs of {batch_size} samples does not fit into "
+                f"{bytes_text(max_bytes)} ({str(error).splitlines()[0]}): give more, or a smaller --batch-size"
+            ) from None
+        assert needs is not None
+        account = Account(needs.account.rehearsal, [optimizer], batch_size, needs.account.max_bytes)
+        return cls(replace(needs, account=account), optimizer, batch_size, max_bytes)
+
+    def memory(self, size: int, traces: Sequence[Trace], graphs: int) -> Memory:
+        """Bytes at the peak with micro-batches of `size` samples, `graphs` of them kept."""
+        needs, account, first = self.needs, self.needs.account, traces[0]
+        update, saved = account.update(first.idle), _saved_at(size, traces)
+        beside_loss = graphs * saved + needs.loss - (0 if needs.has_gradients else first.gradients)
+        beside_backward = max(graphs - 1, 0) * saved + activations_at(size, traces) + needs.outputs
+        activations = max(beside_loss, beside_backward) + account.kept(size)
+        return replace(account.memory(size, traces), activations=max(activations, update.peak - update.state))
+
+    def predicted(self, size: int, graphs: int) -> Memory | None:
+        """What `memory` says of a run at that very size; None where no fake tensor gets through the model."""
+        try:
+            return self.memory(size, [self.needs.account.rehearsal.fake(size)], graphs)
+        except Exception:  # whatever a model of one's own raises on tensors without numbers: training will tell
+            return None
+
+    def graphs(self, size: int) -> int:
+        """How many graphs can be kept beside micro-batches of that size. ValueError if the loss has no room."""
+        return self.needs.graphs(size, -(-self.batch_size // size))
+
+    def fitting(self) -> Fitting:
+        """The largest micro-batch that fits beside all outputs. ValueError where not even one sample does."""
+        beside = Account(self.needs.account.rehearsal, [self.optimizer], self.batch_size, self.needs.left)
+        try:
+            return beside.search(check=True)
+        except ValueError as error:
+            outputs = bytes_text(self.needs.outputs)
+            raise ValueError(f"beside the outputs of all {self.batch_size} samples, {outputs}: {error}") from None
+
+
+def gathered_plan(needed: GatheredNeeds) -> GatheredPlan:
+    """Which micro-batch fits; one graph is kept. ValueError where one sample, or the loss, does not fit."""
+    fitting = needed.fitting()
+    size, traces = fitting.fit.size, fitting.traces
+    graphs, account, batch_size = needed.graphs(size), needed.needs.account, needed.batch_size
+    kept = min(graphs, 1)
+    sizes = sorted({1 << power for power in range(batch_size.bit_length())} | {size})
+    return GatheredPlan(
+        batch_size=batch_size,
+        max_memory=needed.max_memory,
+        device=account.rehearsal.device,
+        largest=Choice(size, -(-batch_size // size), needed.memory(size, traces, kept), None),
+        fastest=None,
+        is_exact=fitting.fit.exact,
+        method=fitting.method,
+        reason=fitting.reason,
+        num_passes=fitting.fit.num_runs,
+        optimizer=account.update(traces[0].idle).assumption,
+        curve=tuple(Point(b, needed.memory(b, traces, kept).peak, None) for b in sizes),
+        checkpointing=compare_checkpointing(account, traces, size, {}),
+        outputs=needed.needs.outputs,
+        loss=needed.needs.loss,
+        graphs=graphs,
+    )
+
+
+def _saved_at(size: int, traces: Sequence[Trace]) -> int:
+    """Bytes of a graph of `size` samples: on the line through the smallest and the largest that were run."""
+    low, high = (end(traces, key=lambda trace: trace.micro_batch_size) for end in (min, max))
+    if low is high:
+        return -(-low.saved * size // low.micro_batch_size)
+    slope = (high.saved - low.saved) / (high.micro_batch_size - low.micro_batch_size)
+    return round(low.saved + slope * (size - low.micro_batch_size))
+
+
+def _window(task: Task, batch_size: int) -> Window:
+    """A window of so many samples, the task's first again and again."""
+    sample = sample_batch(task)
+    n = Window([sample]).num_samples
+    rest = [task.collate(take(task.train, range(batch_size % n)))] if batch_size % n else []
+    return Window([sample] * (batch_size // n) + rest)
