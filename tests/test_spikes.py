@@ -185,20 +185,22 @@ def test_a_window_that_is_not_finite_twice_in_a_row_is_one_to_go_back_from() -> 
     assert_same(mine.state(), Training().train([*windows(40)[:30], *windows(40)[37:]]).state())
 
 
+class Drawn(nn.Module):
+    """Its gradient is the mean of the batch's first column, its loss that of the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+
+def as_drawn(model: Drawn, batch: Tensor) -> tuple[Tensor, int]:
+    return ((model.w - model.w.detach()) * batch[:, 0] + batch[:, 1]).sum(), len(batch)
+
+
 def test_a_large_gradient_at_a_normal_loss_is_left_out_and_gone_back_from_only_if_the_next_is_flagged_too() -> None:
-    class Steep(nn.Module):
-        """Its loss is as ever, and its gradient as large as the batch says."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.zeros((), dtype=torch.float64))
-
-    def loss_fn(model: Steep, batch: Tensor) -> tuple[Tensor, int]:
-        return ((model.w - model.w.detach()) * batch[:, 0] + batch[:, 1]).sum(), len(batch)
-
     def kinds(steep: list[int]) -> list[str]:
-        model = Steep()
-        accumulator = mb.Accumulator(model, loss_fn, micro_batch_size=4)
+        model = Drawn()
+        accumulator = mb.Accumulator(model, as_drawn, micro_batch_size=4)
         optimizer = SGD(model.parameters(), lr=0.1)
         guard = mb.SpikeGuard(model, optimizer, **QUICK)
         found = []
@@ -498,6 +500,32 @@ def test_the_short_last_window_of_an_epoch_is_no_spike() -> None:
 
     assert score_of_tails(corrected=True).count("skipped") == 0
     assert score_of_tails(corrected=False).count("skipped") > 3
+
+
+def verdict_on(num_samples: int, norm: float, loss: float, past: list[tuple[float, float]]) -> mb.SpikeVerdict:
+    """Of a window with this gradient norm and loss, after windows of 8 samples with those of `past`."""
+    model = Drawn()
+    accumulator = mb.Accumulator(model, as_drawn, micro_batch_size=8)
+    guard = mb.SpikeGuard(model, SGD(model.parameters(), lr=0.1), policy="skip", window=16, min_updates=8)
+    for n, pair in [*((8, pair) for pair in past), (num_samples, (norm, loss))]:
+        verdict = guard.check(accumulator.run(torch.tensor([pair] * n, dtype=torch.float64)))
+        model.zero_grad()
+    return verdict
+
+
+def test_a_quarter_of_the_samples_may_have_twice_the_norm_and_deviates_twice_as_much() -> None:
+    past = [(math.exp(0.05 * (t % 5)), math.exp(0.03 * (t % 7))) for t in range(16)]
+    norms, losses = zip(*past, strict=True)
+    center, deviation = math.log(np.median(norms)), mb.spike_score(math.e * np.median(norms), norms)
+    norm, loss = math.exp(center + math.log(2) + 9 / deviation), float(np.median(losses))
+    for n, e in ((2, 2.0), (4, math.sqrt(2)), (8, 1.0), (32, 1.0)):
+        verdict = verdict_on(n, norm, 1.1 * loss, past)
+        assert verdict.norm_score == pytest.approx(mb.spike_score(norm / e, norms) / e, rel=1e-9)
+        assert verdict.loss_score == pytest.approx(mb.spike_score(1.1 * loss, losses) / e, rel=1e-9)
+        assert verdict.kind == ("accepted" if n == 2 else "skipped")
+    # The controls: with either half of the correction alone the window of 2 would be a spike.
+    assert mb.spike_score(norm / 2, norms) == pytest.approx(9, rel=1e-6)
+    assert mb.spike_score(norm, norms) / 2 > 6
 
 
 def test_an_overflow_of_the_loss_scale_is_the_scalers_and_goes_on() -> None:
