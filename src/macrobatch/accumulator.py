@@ -130,7 +130,7 @@ class Accumulator:
             window, everyone_runs = self._agree_on_window(batch, pass_.ranks)
             pass_.count(window)
             recovery = self._recovery(pass_, walked)
-            overlaps = self._overlap and self._way.overlaps and gradients.match_parameters and everyone_runs
+            overlaps = self._overlap and self._way.overlaps and bool(pass_.replicas) and gradients.match_parameters
             with GradientReduction(pass_.replicas, pass_.ranks, overlaps, everyone_runs) as reduction:
                 running = Running(window, pass_, gradients, reduction, recovery, self._limit, self._cut)
                 while not self._has_run(running):

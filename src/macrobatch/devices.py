@@ -13,9 +13,12 @@ def device_of(parameters: Sequence[nn.Parameter]) -> torch.device | None:
     """The device that all parameters share, None if they are spread over several. ValueError on the meta device."""
     if not parameters:
         return None
-    first = parameters[0].device
-    shared = all(p.device == first for p in parameters)
-    if any(p.is_meta for p in (parameters[:1] if shared else parameters)):
+    first, shared = parameters[0].device, True
+    for p in parameters:
+        if p.device != first:
+            shared = False
+            break
+    if parameters[0].is_meta if shared else any(p.is_meta for p in parameters):
         raise ValueError(
             "the model has parameters on the meta device, which hold no numbers: call model.to_empty(device=...) and "
             "load or initialise its weights first"
@@ -31,25 +34,31 @@ def on_device(
     Pinned micro-batches travel to a CUDA device on a stream of their own. With `device` None they stay where they are.
     """
     transfer = _Transfer(device)
-    ahead: list[tuple[Any, int]] = []  # at most one: with the one yielded, two micro-batches are on the device
+    ahead: list[tuple[Nested, torch.cuda.Event | None, int]] = []  # at most one: with that yielded two are there
     for micro_batch, num_samples in micro_batches:
-        ahead.append((transfer.start(micro_batch), num_samples))
-        del micro_batch  # or the source would keep it alive
+        is_there = device is None or _is_on(micro_batch, device)
+        started = (micro_batch, None) if is_there else transfer.start(micro_batch)
+        ahead.append((*started, num_samples))
+        del micro_batch, started  # or the source would keep it alive
         if len(ahead) == 2:
-            started, size = ahead.pop(0)
-            yield transfer.finish(started), size, False
-            del started
-    for started, size in ahead:
-        yield transfer.finish(started), size, True
+            arrived, copied, size = ahead.pop(0)
+            if copied is not None:
+                transfer.finish(arrived, copied)
+            yield arrived, size, False
+            del arrived
+    for arrived, copied, size in ahead:
+        if copied is not None:
+            transfer.finish(arrived, copied)
+        yield arrived, size, True
 
 
 def _is_on(node: Nested, device: torch.device) -> bool:
     """Whether all tensors of `node` are there; asked for every micro-batch, so the common leaf comes first."""
-    if type(node) is Tensor:
-        return node.device == device
-    if type(node) is tuple:
-        return all(_is_on(child, device) for child in node)
-    return all(leaf.device == device for leaf in tensors(node))
+    leaves = node if type(node) is tuple else (node,)
+    for leaf in leaves:  # a loop: a generator costs more than what it would ask
+        if leaf.device != device if type(leaf) is Tensor else any(t.device != device for t in tensors(leaf)):
+            return False
+    return True
 
 
 class _Transfer:
@@ -61,8 +70,6 @@ class _Transfer:
 
     def start(self, micro_batch: Nested) -> tuple[Nested, torch.cuda.Event | None]:
         device, stream = self._device, self._stream
-        if device is None or _is_on(micro_batch, device):
-            return micro_batch, None
         if stream is None:
             return map_tensors(micro_batch, lambda leaf: leaf.to(device)), None
 
@@ -75,11 +82,8 @@ class _Transfer:
         copies = map_tensors(micro_batch, copy)
         return copies, stream.record_event()
 
-    def finish(self, started: tuple[Nested, torch.cuda.Event | None]) -> Nested:
-        micro_batch, copied = started
-        if copied is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_event(copied)
-            for leaf in tensors(micro_batch):
-                leaf.record_stream(current)  # its memory belongs to the side stream's pool
-        return micro_batch
+    def finish(self, micro_batch: Nested, copied: torch.cuda.Event) -> None:
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(copied)
+        for leaf in tensors(micro_batch):
+            leaf.record_stream(current)  # its memory belongs to the side stream's pool

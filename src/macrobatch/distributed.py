@@ -142,10 +142,11 @@ class GradientReduction:
         DDP averages over ranks, so what it reduced comes with the factor `ranks.size`; the rest are sums already.
         Entries of `gradients` are filled in where only other ranks had one.
         """
+        if self._ranks.size == 1:
+            return [([g for g in gradients if g is not None], 1)]
         by_ddp = {id(p) for ddp in self._replicas for p in _reduced_by(ddp)} if self._overlaps else set()
         rest = [j for j, p in enumerate(parameters) if id(p) not in by_ddp]
-        if self._ranks.size > 1:
-            _sum_gradients(parameters, gradients, rest, self._ranks)
+        _sum_gradients(parameters, gradients, rest, self._ranks)
         averaged = [g for p, g in zip(parameters, gradients, strict=True) if g is not None and id(p) in by_ddp]
         return [(averaged, self._ranks.size), ([g for j in rest if (g := gradients[j]) is not None], 1)]
 

@@ -17,13 +17,13 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 def submodules(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
     """Each module below `modules` once. Walks the dictionaries directly: no names are built, 15 times faster."""
     seen: set[int] = set()
-    stack = list(reversed(modules))
+    stack: list[nn.Module | None] = list(reversed(modules))
     while stack:
         module = stack.pop()
-        if id(module) not in seen:
+        if module is not None and id(module) not in seen:
             seen.add(id(module))
             yield module
-            stack.extend(child for child in reversed(module._modules.values()) if child is not None)
+            stack.extend(reversed(module._modules.values()))
 
 
 def trainable(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
@@ -89,7 +89,11 @@ class WindowGradients:
         self._modules = modules
         self._final_dtype = grad_dtype
         self._add = add
-        self._widened = [p for p in self.parameters if not _accumulates_as_it_is(p, grad_dtype)]
+        single, usual = torch.float32, (None, torch.float32)
+        candidates = self.parameters  # of which those in single precision, most of them, need no closer look:
+        if grad_dtype is None:
+            candidates = [p for p in candidates if p.dtype is not single or getattr(p, "grad_dtype", None) not in usual]
+        self._widened = [p for p in candidates if _accumulation_dtype(p, grad_dtype) != gradient_dtype(p)]
         self._apart = self.parameters if apart else [] if HAS_GRAD_DTYPE else self._widened
         self.adds_up_itself = bool(self._apart)  # not autograd alone: `absorb` is needed
         self._sums: dict[int, Tensor] = {}  # by id of the parameter, for those that autograd does not add up itself
@@ -200,13 +204,6 @@ def _accumulation_dtype(p: nn.Parameter, grad_dtype: torch.dtype | None) -> torc
     if grad_dtype is not None or own != p.dtype:
         return grad_dtype or own
     return torch.float32 if p.dtype in LOW_PRECISION else p.dtype
-
-
-def _accumulates_as_it_is(p: nn.Parameter, grad_dtype: torch.dtype | None) -> bool:
-    own = gradient_dtype(p)
-    if own is torch.float32 and grad_dtype is None and p.dtype is own:  # most of them: nothing to decide
-        return True
-    return _accumulation_dtype(p, grad_dtype) == own
 
 
 def gradient_dtype(p: nn.Parameter) -> torch.dtype:

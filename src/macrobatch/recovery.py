@@ -30,7 +30,8 @@ class RunAgain(Exception):
 class Attempt:
     """One try at a micro-batch, or at a part of one that failed.
 
-    `inputs`: the parameters whose gradients are still wanted, None for all. Set by who runs it: `started_backward`,
+    `inputs`: the parameters whose gradients are still wanted, None for all. `is_retry`: whether anything of this window
+    has failed before. Set by who runs it: `started_backward`,
     gradients may have changed; `can_mend`, a half-done backward can be completed for the rest; `has_communicated`,
     other ranks are waiting for the rest of this backward.
     """
@@ -39,6 +40,7 @@ class Attempt:
     num_samples: int
     is_last: bool
     inputs: list[nn.Parameter] | None = None
+    is_retry: bool = False
     started_backward: bool = False
     can_mend: bool = True
     has_communicated: bool = False
@@ -79,6 +81,7 @@ class Recovery:
         pending = [Attempt(micro_batch, num_samples, is_last)]
         while pending:
             attempt = pending.pop()
+            attempt.is_retry = self.retries > 0
             if self._limit.current is not None and attempt.num_samples > self._limit.current:
                 pending.extend(self._parts(attempt, self._limit.current))
                 continue

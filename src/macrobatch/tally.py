@@ -29,8 +29,9 @@ class Tally:
 
     def add(self, terms: Terms, num_samples: int) -> None:
         """One micro-batch of `num_samples` samples is counted; if an allocation here fails, nothing of it is."""
-        # Where there are no terms, their sum may be NaN.
-        sums = {name: 0.0 if terms.is_empty else _kept(value) for name, value in terms.sums.items()}
+        sums: dict[str, Count] = {}
+        for name, value in terms.sums.items():
+            sums[name] = 0.0 if terms.is_empty else _kept(value)  # where there are no terms, their sum may be NaN
         if terms.metrics:
             self._metrics.append({name: _kept(value) for name, value in terms.metrics.items()})
         self._sums.append((sums, terms.multiplier))

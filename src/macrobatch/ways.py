@@ -23,7 +23,7 @@ from macrobatch.measuring import Measure
 from macrobatch.memory import memory_limit
 from macrobatch.offload import Offload
 from macrobatch.pooled_norm import pooled
-from macrobatch.recovery import Attempt, Recovery, RunAgain, is_out_of_memory
+from macrobatch.recovery import Recovery, RunAgain, is_out_of_memory
 from macrobatch.sizing import SizeLimit
 from macrobatch.structure import Nested, tensors
 from macrobatch.substitution import held_tensors
@@ -92,11 +92,7 @@ class OneByOne:
     def run(self, running: Running) -> None:
         """Forward and backward of each micro-batch, in parts where memory demands it."""
         pass_, recovery, gradients = running.pass_, running.recovery, running.gradients
-
-        def step(attempt: Attempt) -> None:
-            running.reduction.announce(attempt.is_last, is_retry=recovery.retries > 0)
-            pass_.forward_backward(attempt, running.reduction)
-
+        step = partial(pass_.forward_backward, running.reduction)
         stopwatch = running.limit.stopwatch(pass_.home)
         for micro_batch, num_samples, is_last in on_device(running.window.sized(), pass_.device):
             recovery.run(micro_batch, num_samples, is_last, step)

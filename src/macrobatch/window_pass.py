@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -63,7 +63,7 @@ class WindowPass:
         self.ranks = Ranks.of(recipe.process_group, self.replicas) if several else Ranks(None)
         self.device = recipe.device or device_of(parameters)
         self.home = self.device or parameters[0].device  # where sums are kept
-        self._autocast = _around_forward(recipe.autocast, self.home)
+        self._loss_fn = recipe.loss_fn if recipe.autocast is None else _under(recipe.autocast, recipe.loss_fn, self.home)
         self._is_first = not learned.has_run
         self._tally = Tally()
         self._counts: dict[str, Count] | None = None
@@ -97,15 +97,16 @@ class WindowPass:
     def _terms(self, micro_batch: Nested, num_samples: int) -> Terms:
         if num_samples == 0:
             raise ValueError("a micro-batch of the window holds no samples: leave it out")
-        with self._autocast:
-            output = self.recipe.loss_fn(self.recipe.model, micro_batch)
+        output = self._loss_fn(self.recipe.model, micro_batch)
         terms = terms_of(output, num_samples, self._counts is not None)
         if self._is_first and terms.is_mean:
             refuse_bare_token_mean(micro_batch)
         return terms
 
-    def forward_backward(self, attempt: Attempt, reduction: GradientReduction) -> None:
+    def forward_backward(self, reduction: GradientReduction, attempt: Attempt) -> None:
         """The gradient of the micro-batch's sum, times the seed, is added to `p.grad`, and its loss is tallied."""
+        if self.replicas:
+            reduction.announce(attempt.is_last, is_retry=attempt.is_retry)
         terms = self._terms(attempt.micro_batch, attempt.num_samples)
         try:
             if not terms.is_empty:
@@ -141,7 +142,7 @@ class WindowPass:
     def _backward(self, all_terms: Sequence[Terms], attempt: Attempt, chains: Sequence[Tensor] = ()) -> None:
         if self.learned.exponent is None:
             self._seeds.agree(all_terms[0].weight if all_terms else None)
-        losses, seeds = list(chains), [torch.zeros_like(chain) for chain in chains]
+        losses, seeds = list(chains), list(map(torch.zeros_like, chains))
         for terms in all_terms:
             for name, loss_sum in terms.sums.items():
                 if not loss_sum.requires_grad:
@@ -248,7 +249,11 @@ def _sum_of_means(means: Mapping[str, Count], divisors: Mapping[str, Count], dev
     return parts.where(has_terms, 0.0).sum().where(has_terms.any(), torch.nan)
 
 
-def _around_forward(autocast: Autocast, device: torch.device) -> AbstractContextManager[Any]:
-    if isinstance(autocast, torch.dtype):
-        return torch.autocast(device.type, dtype=autocast)
-    return autocast or nullcontext()
+def _under(autocast: torch.dtype | AbstractContextManager[Any], loss_fn: LossFn, device: torch.device) -> LossFn:
+    context = torch.autocast(device.type, dtype=autocast) if isinstance(autocast, torch.dtype) else autocast
+
+    def under_autocast(model: Any, micro_batch: Nested) -> Any:
+        with context:
+            return loss_fn(model, micro_batch)
+
+    return under_autocast
