@@ -181,15 +181,27 @@ class Comparison:
 
 
 def paired_difference(one: Validation, other: Validation) -> Estimate:
-    """Mean loss of `one` minus that of `other` over the same held-out micro-batches, with its paired standard error."""
+    """Mean loss of `one` minus that of `other` over the same held-out samples, with its paired standard error."""
     differences = [a - b for a, b in zip(one.losses, other.losses, strict=True)]
-    total = sum(one.weights)
-    mean = one.loss - other.loss
-    if len(differences) < 2 or not total:
-        return Estimate(mean, math.nan)
-    spread = sum((w * (d - mean)) ** 2 for w, d in zip(one.weights, differences, strict=True)) / total**2
-    count = len(differences)
-    return Estimate(mean, math.sqrt(spread * count / (count - 1)))
+    return Estimate(one.loss - other.loss, _error_of_mean(differences, one.weights))
+
+
+def paired_metric(one: Validation, other: Validation, name: str) -> Estimate:
+    """The same of a metric; without an error where its parts are not known."""
+    parts = (one.parts_of_metrics.get(name, ()), other.parts_of_metrics.get(name, ()))
+    differences = [a - b for a, b in zip(*parts, strict=True)]
+    weights = one.weights if differences else ()
+    return Estimate(one.metrics[name] - other.metrics[name], _error_of_mean(differences, weights))
+
+
+def _error_of_mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    """The standard error of the weighted mean of independent values; NaN for fewer than two."""
+    total, count = sum(weights), len(values)
+    if count < 2 or not total:
+        return math.nan
+    mean = sum(w * value for w, value in zip(weights, values, strict=True)) / total
+    spread = sum((w * (value - mean)) ** 2 for w, value in zip(weights, values, strict=True)) / total**2
+    return math.sqrt(spread * count / (count - 1))
 
 
 def time_ratio(one: Course, other: Course) -> Estimate:

@@ -1,8 +1,8 @@
-"""The mean loss and metrics of a model over held-out data, one micro-batch in memory at a time."""
+"""The loss and the metrics of a model over held-out data: over micro-batches, or over the outputs of all samples."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,19 +10,25 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from macrobatch import Accumulator, Window
+from macrobatch.cli.gathered_validation import GatheredValidation
 from macrobatch.tasks import Task
 from macrobatch.tasks.task import num_samples
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Means over the held-out samples; `losses` and `weights`, one per micro-batch, are for paired comparisons."""
+    """Means over the held-out samples; `losses` and `weights`, one for each part of them, are for paired comparisons.
+
+    A part is a micro-batch, with its own mean loss. Where the loss is over the outputs of all samples, a part is a
+    group of them with its pseudo-value of the jackknife, and `parts_of_metrics` has those of the metrics.
+    """
 
     loss: float
     metrics: Mapping[str, float]
     losses: Sequence[float]
     weights: Sequence[float]
     num_samples: int
+    parts_of_metrics: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def validation_batches(task: Task, micro_batch_size: int, most_samples: int | None = None) -> Iterable[Any]:
@@ -42,7 +48,27 @@ def validate(
     autocast: torch.dtype | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Validation:
-    """The loss and the metrics of `task` for `model` in eval mode; the model's mode is put back."""
+    """The loss and the metrics of `task` for `model` in eval mode; the model's mode is put back.
+
+    Of the samples seen before `stop()` is true, which is asked after each micro-batch.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        if task.encode is None:
+            return _over_micro_batches(model, task, micro_batches, autocast, stop)
+        return _over_all_outputs(GatheredValidation.of(model, task, micro_batches, autocast, stop))
+    finally:
+        model.train(was_training)
+
+
+def _over_micro_batches(
+    model: nn.Module,
+    task: Task,
+    micro_batches: Iterable[Any],
+    autocast: torch.dtype | None,
+    stop: Callable[[], bool],
+) -> Validation:
     accumulators = {
         name: Accumulator(model, loss_fn, batch_norm="micro_batch", autocast=autocast)
         for name, loss_fn in {"": task.loss_fn, **task.metrics}.items()
@@ -50,22 +76,25 @@ def validate(
     sums = dict.fromkeys(accumulators, 0.0)
     counts = dict.fromkeys(accumulators, 0.0)
     losses, weights, seen = [], [], 0
-    was_training = model.training
-    model.eval()
-    try:
-        for micro_batch in micro_batches:
-            for name, accumulator in accumulators.items():
-                report = accumulator.evaluate(Window([micro_batch]))
-                weight = float(torch.as_tensor(report.loss_weight))
-                sums[name] += float(report.loss) * weight if weight else 0.0
-                counts[name] += weight
-                if name == "":
-                    losses.append(float(report.loss))
-                    weights.append(weight)
-                    seen += report.num_samples
-            if stop():
-                break
-    finally:
-        model.train(was_training)
+    for micro_batch in micro_batches:
+        for name, accumulator in accumulators.items():
+            report = accumulator.evaluate(Window([micro_batch]))
+            weight = float(torch.as_tensor(report.loss_weight))
+            sums[name] += float(report.loss) * weight if weight else 0.0
+            counts[name] += weight
+            if name == "":
+                losses.append(float(report.loss))
+                weights.append(weight)
+                seen += report.num_samples
+        if stop():
+            break
     means = {name: sums[name] / counts[name] if counts[name] else math.nan for name in sums}
     return Validation(means.pop(""), means, losses, weights, seen)
+
+
+def _over_all_outputs(held_out: GatheredValidation) -> Validation:
+    parts = {name: held_out.parts(function) for name, function in held_out.functions.items()}
+    wholes = {name: held_out.whole(function) for name, function in held_out.functions.items()}
+    losses = parts.pop("")
+    sizes = [float(size) for size in held_out.sizes]
+    return Validation(wholes.pop(""), wholes, losses, sizes, held_out.num_samples, parts)
