@@ -6,7 +6,6 @@ optimizer state and inputs.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +21,6 @@ from macrobatch.cli.learner import accumulator_of
 from macrobatch.cli.sampling import take
 from macrobatch.fitting import Account, Fitting, Memory
 from macrobatch.graph_budget import Needs
-from macrobatch.memory import memory_limit
 from macrobatch.planning import Choice, Plan, Point
 from macrobatch.prediction import Trace, activations_at
 from macrobatch.substitution import held_tensors
@@ -60,31 +58,27 @@ class GatheredNeeds:
         max_memory: int | str | None = None,
         autocast: torch.dtype | None = None,
     ) -> "GatheredNeeds":
-        """The loss has run once, forward and backward, on repeated outputs. ValueError for a budget too small for it."""
+        """The loss has run once, forward and backward, on repeated outputs. ValueError for a budget that is none."""
         device = next(model.parameters()).device
         held = sum(tensor.nbytes for tensor in held_tensors([model]))
         max_bytes = budget_bytes(max_memory, device, held)
         accumulator = accumulator_of(task, model, max_memory=max_bytes, autocast=autocast)
         assert isinstance(accumulator, GatheredAccumulator)
-        try:
-            with nullcontext() if max_memory is None else memory_limit(max_bytes, device=device):
-                needs = accumulator._needs(_window(task, batch_size))
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"--max-memory: the loss over all outputs of {batch_size} samples does not fit into "
-                f"{bytes_text(max_bytes)} ({str(error).splitlines()[0]}): give more, or a smaller --batch-size"
-            ) from None
-        assert needs is not None
+        needs = accumulator._needs(_window(task, batch_size))
+        assert needs is not None  # there are samples
         account = Account(needs.account.rehearsal, [optimizer], batch_size, needs.account.max_bytes)
         return cls(replace(needs, account=account), optimizer, batch_size, max_bytes)
 
     def memory(self, size: int, traces: Sequence[Trace], graphs: int) -> Memory:
-        """Bytes at the peak with micro-batches of `size` samples, `graphs` of them kept."""
+        """Bytes at the peak with micro-batches of `size` samples, the graphs of so many kept."""
         needs, account, first = self.needs, self.needs.account, traces[0]
-        update, saved = account.update(first.idle), _saved_at(size, traces)
-        beside_loss = graphs * saved + needs.loss - (0 if needs.has_gradients else first.gradients)
-        beside_backward = max(graphs - 1, 0) * saved + activations_at(size, traces) + needs.outputs
-        activations = max(beside_loss, beside_backward) + account.kept(size)
+        update, outputs = account.update(first.idle), needs.outputs * size // self.batch_size
+        graph = _saved_at(size, traces) + outputs
+        beside_loss = graphs * graph + needs.loss - (0 if needs.has_gradients else first.gradients)
+        beside_backward = max(graphs - 1, 0) * graph + activations_at(size, traces) + outputs + needs.outputs
+        on_cpu = account.rehearsal.device.type == "cpu"  # where the state of the random numbers lies, too
+        random_state = torch.get_rng_state().nbytes if on_cpu else 0
+        activations = max(beside_loss, beside_backward) + account.kept(size) + random_state
         return replace(account.memory(size, traces), activations=max(activations, update.peak - update.state))
 
     def predicted(self, size: int, graphs: int) -> Memory | None:

@@ -7,7 +7,8 @@ from rich.bar import Bar
 from rich.table import Table
 
 from macrobatch.cli.forecast import KINDS
-from macrobatch.cli.formats import NONE, bytes_text, seconds_text
+from macrobatch.cli.formats import NONE, bytes_text, counted, seconds_text
+from macrobatch.cli.gathered_plan import GatheredPlan
 from macrobatch.planning import Choice, Plan
 
 BAR_WIDTH = 16
@@ -38,9 +39,12 @@ def choices_table(plan: Plan) -> Table:
             f"of the budget of {bytes_text(plan.max_memory)}",
             lambda choice: f"{choice.memory.peak / plan.max_memory:.1%}",
         ),
-        ("predicted time per update", lambda choice: seconds_text(choice.seconds_per_update)),
-        ("time per sample", lambda choice: _per_sample(plan, choice)),
     ]
+    if plan.fastest is not None:
+        rows += [
+            ("predicted time per update", lambda choice: seconds_text(choice.seconds_per_update)),
+            ("time per sample", lambda choice: _per_sample(plan, choice)),
+        ]
     for label, text in rows:
         table.add_row(label, *(text(choice) for choice in found.values()))
     return table
@@ -80,12 +84,32 @@ def lines(plan: Plan, coupled: str | None) -> list[str]:
         _limit_line(plan),
         f"optimizer state: {plan.optimizer}",
         f"checkpointing: {plan.checkpointing.verdict}",
+        *(_gathered_lines(plan) if isinstance(plan, GatheredPlan) else []),
     ]
     if coupled is not None:
         said.append(
             f"note: {coupled} normalises over the micro-batch: its size changes the result, not only memory and time"
         )
     return said
+
+
+def _gathered_lines(plan: GatheredPlan) -> list[str]:
+    """What a loss over all outputs adds to the memory, and to the passes."""
+    steps, kept = plan.accumulation_steps, min(plan.graphs, 1)
+    loss = (
+        f"the loss compares all {plan.batch_size:,} samples: it takes {bytes_text(plan.loss)}, as measured once, their "
+        f"outputs among it ({bytes_text(plan.outputs)}); both count as activations"
+    )
+    room = f"{plan.graphs} of {steps}" if plan.graphs < steps else f"all {steps}"
+    graphs = f"the peak is with {'1' if kept else 'no'} graph kept for the backward"
+    if plan.graphs > kept:
+        graphs += f"; there is room for {room}, and train --max-memory takes it"
+    return [
+        loss,
+        graphs,
+        f"time is not predicted: an update is {counted(steps, 'forward')} and as many backwards, the loss, and a second "
+        "forward for each micro-batch whose graph was not kept",
+    ]
 
 
 def _limit_line(plan: Plan) -> str:

@@ -181,7 +181,7 @@ class Run:
             "micro_batches": report.accumulation_steps,
             "largest_micro_batch": max(report.micro_batch_sizes),
             "retries": report.retries,
-            **({} if self.kept_graphs is None else {"kept_graphs": self.kept_graphs}),
+            **({} if self.kept_graphs is None else {"kept_graphs": min(self.kept_graphs, report.accumulation_steps)}),
             **({} if ran is None else {"update_seconds": ended - ran}),
             **({} if rescaled is None else {"rescaled_by": rescaled.lr_factor}),
             **verdict_entries(verdict),

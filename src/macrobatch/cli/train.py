@@ -179,6 +179,7 @@ def _write(run: Run, ending: Ending, folder: Path) -> None:
             "batch_size": run.batch_size,
             "micro_batch_size": run.micro_batch_size,
             "micro_batch_size_is": _size_is(run),
+            "kept_graphs": run.kept_graphs,
             "learning_rate": run.learning_rate,
             "base_learning_rate": run.base_learning_rate,
             "base_batch_size": run.base_batch_size,

@@ -25,6 +25,8 @@ def headline(run: Run, folder: Path) -> list[str]:
     ]
     if run.scaling is not None:
         lines += str(run.scaling).splitlines()
+    if run.kept_graphs is not None:
+        lines.append("the loss compares all samples of an update: outputs are gathered over its micro-batches")
     lines.append(f"writing to {folder}")
     if run.why_given:
         lines.append(f"note: the micro-batch size is {_of_whom(run)}: {run.why_given}")
@@ -91,7 +93,7 @@ def closing(run: Run, ending: "Ending", folder: Path) -> list[str]:
     line = prediction_line(ending.predicted, ending.memory.update_peak, ending.measured_row)
     if line is not None:
         lines.append(line)
-    lines += [*guard_lines(run.guard, run.rows), *_growth(run)]
+    lines += [*_graph_lines(run), *guard_lines(run.guard, run.rows), *_growth(run)]
     if ending.validation is not None:
         metrics = "".join(f", {name} {number_text(value, 4)}" for name, value in ending.validation.metrics.items())
         lines.append(
@@ -101,6 +103,14 @@ def closing(run: Run, ending: "Ending", folder: Path) -> list[str]:
     lines += _noise_lines(run)
     lines.append(f"{', '.join(sorted(path.name for path in folder.iterdir()))} in {folder}")
     return lines
+
+
+def _graph_lines(run: Run) -> list[str]:
+    """Of how many micro-batches no second forward was needed, where a loss is over all outputs."""
+    if run.kept_graphs is None or not run.rows:
+        return []
+    last = run.rows[-1]
+    return [f"graphs kept for the backward in the last update: {last['kept_graphs']} of {last['micro_batches']}"]
 
 
 def _growth(run: Run) -> list[str]:
