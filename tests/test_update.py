@@ -3,6 +3,8 @@
 import copy
 import functools
 import math
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -387,7 +389,8 @@ def test_all_gradients_of_the_model_are_none_afterwards_those_no_optimizer_owns_
     x, y = data()
     report = accumulator(model).run((x * math.nan if skipped else x, y))
     assert model.inner.weight.grad is not None
-    update = mb.apply_update(SGD(model.outer.parameters(), lr=0.1), report)
+    with pytest.warns(UserWarning, match="2 of the 4 parameters .* are in no optimizer"):
+        update = mb.apply_update(SGD(model.outer.parameters(), lr=0.1), report)
     assert update.applied != skipped
     assert all(p.grad is None for p in model.parameters())
     accumulator(model).run(data())  # nothing is left over that it would refuse
@@ -400,6 +403,78 @@ def test_without_a_report_only_gradients_of_the_optimizer_are_known() -> None:
     assert model.outer.weight.grad is None
     with pytest.raises(ValueError, match=r"hold a gradient from before, the first of them 'inner.weight'"):
         accumulator(model).run(data())
+
+
+class Tempered(nn.Module):
+    """A loss with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(1, 1, dtype=torch.float64))
+
+    def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.mse_loss(model(batch[0]) * self.log_scale.exp(), batch[1])
+
+
+def test_a_temperature_in_no_optimizer_stays_as_it_is_and_is_warned_of_once_for_each_place() -> None:
+    model, loss_fn = net(), Tempered()
+    runner = mb.Accumulator(model, loss_fn, micro_batch_size=4)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            mb.apply_update(optimizer, runner.run(data()))
+    (warning,) = caught
+    assert warning.filename == __file__, "it names the line that calls apply_update"
+    assert re.search(
+        r"^1 of the 5 parameters that .* are in no optimizer given, the first of them of shape \(1, 1\): they stay .*"
+        r"apply_update\(\[first, second\], report\), .* or frozen= of the Accumulator$",
+        str(warning.message),
+    )
+    assert loss_fn.log_scale.detach() == 0
+    optimizer.add_param_group({"params": loss_fn.parameters()})
+    mb.apply_update(optimizer, runner.run(data()))  # where a warning would be an error
+    assert loss_fn.log_scale.detach() != 0, "the control: held by the optimizer it is trained"
+
+
+def test_the_warning_comes_before_anything_is_changed() -> None:
+    model = net()
+    start, report = values(model), accumulator(model).run(data())
+    with pytest.raises(UserWarning, match="2 of the 4"):
+        mb.apply_update(SGD(model.outer.parameters(), lr=0.1), report)  # warnings are errors here
+    assert same_state(values(model), start)
+    assert mb.apply_update(SGD(model.parameters(), lr=0.1), report).applied
+
+
+def test_one_optimizer_after_the_other_with_one_report_trains_the_first_and_says_so() -> None:
+    model = net()
+    start, report = values(model), accumulator(model).run(data())
+    with pytest.warns(UserWarning, match="give all optimizers in one call"):
+        first = mb.apply_update(SGD(model.inner.parameters(), lr=0.1), report)
+    second = mb.apply_update(SGD(model.outer.parameters(), lr=0.1), report)
+    assert (first.applied, second.applied) == (True, False)
+    moved = [not torch.equal(a, b) for a, b in zip(start, values(model), strict=True)]
+    assert moved == [True, True, False, False]
+
+
+def test_turns_with_an_accumulator_and_an_optimizer_each_are_not_warned_of() -> None:
+    generator, critic = nn.Linear(3, 3).double(), nn.Linear(3, 1).double()
+    x = data()[0]
+    fool = mb.Accumulator(generator, lambda g, b: critic(g(b)).mean(), micro_batch_size=4, frozen=[critic])
+    judge = mb.Accumulator(critic, lambda c, b: c(b).mean(), micro_batch_size=4, frozen=[generator])
+    for _ in range(2):
+        reports = fool.run(x), judge.run(x)  # both before either update
+        for model, report in zip((generator, critic), reports, strict=True):
+            assert mb.apply_update(SGD(model.parameters(), lr=0.1), report).applied
+
+
+def test_parameters_that_the_window_has_no_gradient_for_are_not_missed() -> None:
+    model = net()
+    model.unused = nn.Linear(2, 2)
+    report = accumulator(model).run(data())
+    optimizer = SGD([*model.inner.parameters(), *model.outer.parameters()], lr=0.1)
+    assert len(report.parameters) == 6
+    assert mb.apply_update(optimizer, report).applied
 
 
 def test_frozen_modules_and_frozen_parameters_stay_without_gradient() -> None:

@@ -1,6 +1,7 @@
 """From gradients to parameters: agree on finiteness, clip, step, zero, in that order, once for each effective batch."""
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,7 +37,8 @@ def apply_update(
     still move AdamW), or there is no gradient at all. `max_norm` clips the norm over all optimizers together. `report`
     brings the GradScaler to update and the ranks to agree with; without it nothing is communicated. Costs one host
     sync, none with `nonfinite="ignore"`, which steps whatever the gradients are. The scheduler is the caller's: step
-    it if `applied`.
+    it if `applied`. ValueError if the optimizers hold nothing that the window has gradients for; UserWarning, once for
+    each place in the code, if they lack some of it.
     """
     optimizers = _checked(optimizer)
     if report is not None and not isinstance(report, Report):
@@ -48,7 +50,8 @@ def apply_update(
         )
     owned = {id(p): p for each in optimizers for group in each.param_groups for p in group["params"]}
     parameters = list(owned.values())  # each once: optimizers may share some
-    _refuse_strangers(parameters, report)
+    if report is not None:
+        _check_held(owned, [p for p in report.parameters if p.grad is not None])
     grad_norm = norm_of(p.grad for p in parameters)
     has_gradients = any(p.grad is not None for p in parameters)
     applied = (nonfinite == "ignore" or _may_step(grad_norm, report)) and has_gradients
@@ -63,14 +66,24 @@ def apply_update(
     return Update(grad_norm, applied)
 
 
-def _refuse_strangers(parameters: Sequence[nn.Parameter], report: Report | None) -> None:
-    """ValueError if the window trained parameters, and the optimizers hold none of those."""
-    trained = [] if report is None else [p for p in report.parameters if p.grad is not None]
-    if trained and not {id(p) for p in trained} & {id(p) for p in parameters}:
+def _check_held(owned: Mapping[int, nn.Parameter], trained: Sequence[nn.Parameter]) -> None:
+    """ValueError if the optimizers hold none of what the window trained, a warning if they lack some of it."""
+    lost = [p for p in trained if id(p) not in owned]
+    if not lost:
+        return
+    if len(lost) == len(trained):
         raise ValueError(
-            f"the optimizer holds {len(parameters)} parameters, none of the {len(trained)} that this window has "
+            f"the optimizer holds {len(owned)} parameters, none of the {len(trained)} that this window has "
             "gradients for: it would change nothing. Give the optimizer of the accumulator's model"
         )
+    warnings.warn(
+        f"{len(lost)} of the {len(trained)} parameters that this window has gradients for are in no optimizer given, "
+        f"the first of them of shape {tuple(lost[0].shape)}: they stay as they are, and their gradients are dropped. "
+        "Add them to an optimizer (a loss has parameters of its own), give all optimizers in one call, "
+        "apply_update([first, second], report), or train without them: requires_grad_(False), or frozen= of the "
+        "Accumulator",
+        stacklevel=3,  # the line that calls apply_update: python shows it once for each
+    )
 
 
 def _may_step(grad_norm: Tensor, report: Report | None) -> bool:
