@@ -269,6 +269,44 @@ def test_the_model_trains_and_the_rest_of_its_mode_is_the_callers() -> None:
     assert model.training
 
 
+def normalised() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
+
+
+def state_apart(mine: nn.Module, theirs: nn.Module) -> float:
+    """The largest difference in parameters and running statistics, relative to the largest entry."""
+    a, b = (torch.cat([v.double().flatten() for v in model.state_dict().values()]) for model in (mine, theirs))
+    return float((a - b).abs().max() / b.abs().max())
+
+
+NORM_SIZES = (6, 3, 5, 5, 2)  # two windows, the last micro-batch smaller
+
+
+@pytest.mark.parametrize("batch_norm", ["pooled", "micro_batch"])
+def test_batchnorm_is_told_as_to_an_accumulator(batch_norm: Any) -> None:
+    loader, criterion = micro_batches(inputs(21), labels(21), *NORM_SIZES), nn.CrossEntropyLoss()
+    mine, theirs, control = normalised(), normalised(), normalised()
+    mb.train_epoch(mine, loader, SGD(mine.parameters(), lr=0.5), criterion, 3, batch_norm=batch_norm)
+    for model, way in ((theirs, batch_norm), (control, "exact")):
+        accumulator = mb.Accumulator(model, mb.sum_loss(criterion), batch_norm=way)
+        for window in mb.windows(loader, accumulation_steps=3):
+            mb.apply_update(SGD(model.parameters(), lr=0.5), accumulator.run(window))
+    assert state_apart(mine, theirs) == 0
+    assert state_apart(control, theirs) > WRONG
+
+
+def test_with_exact_batchnorm_an_epoch_is_one_full_batch_update_for_each_window_in_statistics_too() -> None:
+    loader, criterion = micro_batches(inputs(21), labels(21), *NORM_SIZES), nn.CrossEntropyLoss()
+    mine, theirs, control = normalised(), normalised(), normalised()
+    mb.train_epoch(mine, loader, SGD(mine.parameters(), lr=0.5), criterion, 3, batch_norm="exact")
+    by_hand(theirs, loader, SGD(theirs.parameters(), lr=0.5), criterion, 3)
+    with pytest.warns(UserWarning, match="normalises over the micro-batch"):
+        mb.train_epoch(control, loader, SGD(control.parameters(), lr=0.5), criterion, 3)
+    assert state_apart(mine, theirs) < EXACT
+    assert state_apart(control, theirs) > WRONG
+
+
 def test_low_precision_with_a_scaler_follows_full_precision() -> None:
     loader = [(x.float(), y) for x, y in micro_batches(inputs(22), labels(22), 5, 5, 5, 5, 2)]
     mine, theirs = net().float(), net().float()

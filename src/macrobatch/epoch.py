@@ -14,6 +14,7 @@ from macrobatch.accumulator import Accumulator
 from macrobatch.criteria import sum_loss
 from macrobatch.grouping import windows
 from macrobatch.update import apply_update
+from macrobatch.ways import BatchNorm
 
 
 def train_epoch(
@@ -28,16 +29,20 @@ def train_epoch(
     device: torch.device | str | None = None,
     autocast: torch.dtype | AbstractContextManager[Any] | None = None,
     scaler: GradScaler | None = None,
+    batch_norm: BatchNorm | None = None,
 ) -> float:
     """The model has seen every batch of `dataloader` once, with one update for each `accumulation_steps` of them.
 
     `dataloader` gives (inputs, targets). Each update follows the gradient of the mean loss over all its samples (valid
     targets, class weights), also when the last micro-batch is smaller or the last window shorter. Clipping by
-    `max_norm` and `scheduler.step()` happen once for each update, the latter only where it was applied. Returns the
-    mean loss over the epoch. ValueError for a loader without data or a criterion whose mean is unknown.
+    `max_norm` and `scheduler.step()` happen once for each update, the latter only where it was applied. `autocast`,
+    `scaler` and `batch_norm` ("exact", "pooled", "micro_batch") are those of the Accumulator. Returns the mean loss
+    over the epoch. ValueError for a loader without data or a criterion whose mean is unknown.
     """
     model.train()
-    accumulator = Accumulator(model, sum_loss(criterion), device=device, autocast=autocast, scaler=scaler)
+    accumulator = Accumulator(
+        model, sum_loss(criterion), device=device, autocast=autocast, scaler=scaler, batch_norm=batch_norm
+    )
     loss_sums, weights = [], []
     for window in windows(dataloader, accumulation_steps=accumulation_steps):
         report = accumulator.run(window)
