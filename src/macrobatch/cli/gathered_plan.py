@@ -74,11 +74,13 @@ class GatheredNeeds:
         needs, account, first = self.needs, self.needs.account, traces[0]
         update, outputs = account.update(first.idle), needs.outputs * size // self.batch_size
         graph = _saved_at(size, traces) + outputs
-        beside_loss = graphs * graph + needs.loss - (0 if needs.has_gradients else first.gradients)
+        on_cpu = account.rehearsal.device.type == "cpu"  # where the states of the random numbers lie, too
+        random_state = torch.get_rng_state().nbytes if on_cpu else 0  # three of them while forwards run, then one
+        before_gradients = graphs * graph - (0 if needs.has_gradients else first.gradients)
+        beside_forward = before_gradients + needs.outputs + 2 * random_state
+        beside_loss = before_gradients + needs.loss
         beside_backward = max(graphs - 1, 0) * graph + activations_at(size, traces) + outputs + needs.outputs
-        on_cpu = account.rehearsal.device.type == "cpu"  # where the state of the random numbers lies, too
-        random_state = torch.get_rng_state().nbytes if on_cpu else 0
-        activations = max(beside_loss, beside_backward) + account.kept(size) + random_state
+        activations = max(beside_forward, beside_loss, beside_backward) + account.kept(size) + random_state
         return replace(account.memory(size, traces), activations=max(activations, update.peak - update.state))
 
     def predicted(self, size: int, graphs: int) -> Memory | None:

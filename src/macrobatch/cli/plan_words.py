@@ -107,8 +107,8 @@ def _gathered_lines(plan: GatheredPlan) -> list[str]:
     return [
         loss,
         graphs,
-        f"time is not predicted: an update is {counted(steps, 'forward')} and as many backwards, the loss, and a second "
-        "forward for each micro-batch whose graph was not kept",
+        f"time is not predicted: an update is {counted(steps, 'forward')} and as many backwards, the loss, and another "
+        "forward for each micro-batch whose graph is not kept",
     ]
 
 
