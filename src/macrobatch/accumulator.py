@@ -200,7 +200,7 @@ class Accumulator:
         return window, not some_idle
 
     def _window(self, batch: Nested) -> Window:
-        if isinstance(batch, NO_BATCH):
+        if not isinstance(batch, Window) and isinstance(batch, NO_BATCH):
             raise ValueError(
                 f"run takes one effective batch at a time, got a {type(batch).__name__}: for batch in loader: "
                 "run(batch), or for window in windows(loader, accumulation_steps=8): run(window)"

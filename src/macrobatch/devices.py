@@ -1,7 +1,6 @@
 """Micro-batches on the device of the model, the next one travelling while the present one computes."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn

@@ -68,20 +68,22 @@ class Seeds:
         key = (name, terms.multiplier, loss_sum.dtype, loss_sum.device)
         seed = self._made.get(key)
         if seed is None:
-            seed = self._unscaler.scale(self._value(name, terms).to(loss_sum))
+            value = self._value(name, terms)
+            if not isinstance(value, Tensor):
+                value = torch.scalar_tensor(value, dtype=loss_sum.dtype, device=loss_sum.device)
+            seed = self._unscaler.scale(value.to(loss_sum))
             self._made[key] = seed
         return seed
 
-    def _value(self, name: str, terms: Terms) -> Tensor:
+    def _value(self, name: str, terms: Terms) -> float | Tensor:
         if self._counts is not None:
-            share = ratio(self._num_micro_batches, denominator(name, self._counts))
-            return torch.as_tensor(share, dtype=torch.float64)
+            return ratio(self._num_micro_batches, denominator(name, self._counts))
         if not self._unit:
             assert self._learned.exponent is not None
             # In low precision only a power of two keeps the seed exact.
             divides = terms.is_mean and self._num_samples and terms.sums[name].dtype not in LOW_PRECISION
             self._unit = 1 / self._num_samples if divides else 2.0**-self._learned.exponent
-        return torch.tensor(terms.multiplier * self._unit, dtype=torch.float64)
+        return terms.multiplier * self._unit
 
     def factor(self, share: int, weight: Count) -> float | Tensor:
         """What turns a gradient times its seed, times `share`, into that of the mean over `weight` terms."""

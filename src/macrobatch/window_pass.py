@@ -1,7 +1,6 @@
 """One window on its way: forward, backward with the seed, and in the end the totals, the factor and the Report."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from macrobatch.report import Report
 from macrobatch.seeds import Learned, Seeds
 from macrobatch.state import coupled_layer
 from macrobatch.structure import Nested
-from macrobatch.tally import CountFn, Tally, as_scalar, count_window, denominator, mean
+from macrobatch.tally import CountFn, Tally, count_window, means_of
 from macrobatch.unscaling import Unscaler
 from macrobatch.weighting import LOSS, Count, Terms, checked_count, refuse_bare_token_mean, terms_of
 
@@ -63,7 +62,7 @@ class WindowPass:
         self.ranks = Ranks.of(recipe.process_group, self.replicas) if several else Ranks(None)
         self.device = recipe.device or device_of(parameters)
         self.home = self.device or parameters[0].device  # where sums are kept
-        self._loss_fn = recipe.loss_fn if recipe.autocast is None else _under(recipe.autocast, recipe.loss_fn, self.home)
+        self._loss_fn = _under(recipe.autocast, recipe.loss_fn, self.home)
         self._is_first = not learned.has_run
         self._tally = Tally()
         self._counts: dict[str, Count] | None = None
@@ -199,7 +198,8 @@ class WindowPass:
                 checked_count(weight.cpu() if isinstance(weight, Tensor) else weight, "loss_weight")
         known = self.learned.names if self.ranks.size > 1 else None  # asking costs a message
         self._totals = self._tally.totals(self.ranks, known, self._counts or (LOSS,), self.home)
-        self.learned.names = tuple(self._totals.columns)
+        if self.ranks.size > 1:
+            self.learned.names = tuple(self._totals.columns)
         if self.ranks.size == 1 and (self._is_first or self.home.type == "cpu"):
             self._seeds.relearn(float(self._totals.weight), len(self._tally.sizes))
 
@@ -207,25 +207,14 @@ class WindowPass:
         """What turns a gradient times the seed, times `share`, into that of the mean."""
         return self._seeds.factor(share, self._totals.weight)
 
-    def _scalars(self, values: Mapping[str, Count]) -> dict[str, Tensor]:
-        return {name: as_scalar(value, self.home) for name, value in values.items()}
-
     def report(self, retries: int) -> Report:
         """What the window was, with every sum divided by its total."""
         self._seeds.window_ended()
-        counts = self._counts or {LOSS: self._totals.weight}
-        sums = self._totals.kind("sum")
-        divisors = {name: denominator(name, counts) for name in sums}
-        means = {name: mean(value, divisors[name]) for name, value in sums.items()}
-        by_default = next(iter(counts.values())) if len(counts) == 1 else self._totals.num_samples
-        metrics = {
-            name: mean(value, counts.get(name, by_default)) for name, value in self._totals.kind("metric").items()
-        }
-        weights = self._scalars(counts)
+        means = means_of(self._totals, self._counts, self.home)
         return Report(
-            loss=as_scalar(_sum_of_means(means, divisors, self.home), self.home),
-            loss_weight=weights if len(weights) > 1 else next(iter(weights.values())),
-            metrics=self._scalars({name: value for name, value in means.items() if name != LOSS} | metrics),
+            loss=means.loss,
+            loss_weight=means.loss_weight,
+            metrics=means.metrics,
             sample_count=self._totals.num_samples,
             micro_batch_sizes=tuple(self._tally.sizes),
             loss_weights=tuple(self._tally.weights),
@@ -238,18 +227,9 @@ class WindowPass:
         )
 
 
-def _sum_of_means(means: Mapping[str, Count], divisors: Mapping[str, Count], device: torch.device) -> Count:
-    """The sum of those means that average over anything; NaN if none does."""
-    values = list(zip(means.values(), divisors.values(), strict=True))
-    if not any(isinstance(value, Tensor) for pair in values for value in pair):
-        there = [value for value, divisor in values if divisor]
-        return sum(there) if there else math.nan
-    parts = torch.stack([as_scalar(value, device).to(device) for value, _ in values])
-    has_terms = torch.stack([as_scalar(divisor, device).to(device) != 0 for _, divisor in values])
-    return parts.where(has_terms, 0.0).sum().where(has_terms.any(), torch.nan)
-
-
-def _under(autocast: torch.dtype | AbstractContextManager[Any], loss_fn: LossFn, device: torch.device) -> LossFn:
+def _under(autocast: Autocast, loss_fn: LossFn, device: torch.device) -> LossFn:
+    if autocast is None:
+        return loss_fn  # no context at all: two calls for each micro-batch less
     context = torch.autocast(device.type, dtype=autocast) if isinstance(autocast, torch.dtype) else autocast
 
     def under_autocast(model: Any, micro_batch: Nested) -> Any:
