@@ -16,7 +16,6 @@ from macrobatch import GatheredAccumulator, Window
 from macrobatch.budget import budget_bytes
 from macrobatch.checkpointing import compare_checkpointing
 from macrobatch.cli.forecast import sample_batch
-from macrobatch.cli.formats import bytes_text
 from macrobatch.cli.learner import accumulator_of
 from macrobatch.cli.sampling import take
 from macrobatch.fitting import Account, Fitting, Memory
@@ -66,21 +65,19 @@ class GatheredNeeds:
         assert isinstance(accumulator, GatheredAccumulator)
         needs = accumulator._needs(_window(task, batch_size))
         assert needs is not None  # there are samples
-        account = Account(needs.account.rehearsal, [optimizer], batch_size, needs.account.max_bytes)
+        account = _Account(needs, optimizer, batch_size)
         return cls(replace(needs, account=account), optimizer, batch_size, max_bytes)
 
     def memory(self, size: int, traces: Sequence[Trace], graphs: int) -> Memory:
         """Bytes at the peak with micro-batches of `size` samples, the graphs of so many kept."""
         needs, account, first = self.needs, self.needs.account, traces[0]
-        update, outputs = account.update(first.idle), needs.outputs * size // self.batch_size
-        graph = _saved_at(size, traces) + outputs
-        on_cpu = account.rehearsal.device.type == "cpu"  # where the states of the random numbers lie, too
-        random_state = torch.get_rng_state().nbytes if on_cpu else 0  # three of them while forwards run, then one
-        before_gradients = graphs * graph - (0 if needs.has_gradients else first.gradients)
-        beside_forward = before_gradients + needs.outputs + 2 * random_state
-        beside_loss = before_gradients + needs.loss
-        beside_backward = max(graphs - 1, 0) * graph + activations_at(size, traces) + outputs + needs.outputs
-        activations = max(beside_forward, beside_loss, beside_backward) + account.kept(size) + random_state
+        update, saved = account.update(first.idle), _saved_at(size, traces)
+        others = max(graphs - 1, 0) * (saved + needs.outputs * size // self.batch_size)
+        before_gradients = others + min(graphs, 1) * saved - (0 if needs.has_gradients else first.gradients)
+        in_forward = before_gradients + needs.outputs + 2 * _random_state(account.rehearsal.device)
+        in_loss = before_gradients + needs.loss
+        in_backward = others + activations_at(size, traces) + needs.outputs
+        activations = max(in_forward, in_loss, in_backward) + account.kept(size)
         return replace(account.memory(size, traces), activations=max(activations, update.peak - update.state))
 
     def predicted(self, size: int, graphs: int) -> Memory | None:
@@ -96,12 +93,30 @@ class GatheredNeeds:
 
     def fitting(self) -> Fitting:
         """The largest micro-batch that fits beside all outputs. ValueError where not even one sample does."""
-        beside = Account(self.needs.account.rehearsal, [self.optimizer], self.batch_size, self.needs.left)
-        try:
-            return beside.search(check=True)
-        except ValueError as error:
-            outputs = bytes_text(self.needs.outputs)
-            raise ValueError(f"beside the outputs of all {self.batch_size} samples, {outputs}: {error}") from None
+        return self.beside_outputs.search(check=True)
+
+    @property
+    def beside_outputs(self) -> Account:
+        """The account of a micro-batch in its backward, when the gradients of all outputs stand beside it."""
+        return _Account(self.needs, self.optimizer, self.batch_size, beside=self.needs.outputs)
+
+
+class _Account(Account):
+    """Counts a micro-batch's outputs, a state of the random numbers, and `beside`, with what a window keeps."""
+
+    def __init__(self, needs: Needs, optimizer: Optimizer, batch_size: int, beside: int = 0) -> None:
+        super().__init__(needs.account.rehearsal, [optimizer], batch_size, needs.account.max_bytes)
+        self._outputs = needs.outputs
+        self._beside = beside + _random_state(self.rehearsal.device)
+
+    def kept(self, size: int) -> int:
+        """Bytes kept for a window, beside what the loss and its graphs take."""
+        return super().kept(size) + self._beside + self._outputs * size // self.num_samples
+
+
+def _random_state(device: torch.device) -> int:
+    """Bytes of a state of torch's random numbers, which lies on the CPU: three while forwards run, then one."""
+    return torch.get_rng_state().nbytes if device.type == "cpu" else 0
 
 
 def gathered_plan(needed: GatheredNeeds) -> GatheredPlan:
@@ -123,7 +138,7 @@ def gathered_plan(needed: GatheredNeeds) -> GatheredPlan:
         num_passes=fitting.fit.num_runs,
         optimizer=account.update(traces[0].idle).assumption,
         curve=tuple(Point(b, needed.memory(b, traces, kept).peak, None) for b in sizes),
-        checkpointing=compare_checkpointing(account, traces, size, {}),
+        checkpointing=compare_checkpointing(needed.beside_outputs, traces, size, {}),
         outputs=needed.needs.outputs,
         loss=needed.needs.loss,
         graphs=graphs,

@@ -255,6 +255,6 @@ class Run:
         budget = "the device" if self.max_memory is None else f"the budget of {bytes_text(self.max_memory)}"
         too_much = "the optimizer's state does not fit" if self.has_gradient else "not even one sample at a time fits"
         is_gathered = self.task.encode is not None and not self.has_gradient
-        what = "the loss over all outputs does not fit, or not even one sample at a time" if is_gathered else too_much
+        what = "the loss over all outputs does not fit, or not even one sample at a time," if is_gathered else too_much
         more = "" if self.max_memory is None else "more --max-memory or "
         return f"out of memory in update {self.updates + 1}: {what} into {budget}; give {more}a smaller model"
