@@ -136,7 +136,7 @@ def test_a_sample_is_one_term_of_the_loss() -> None:
 
 
 def test_a_budget_is_spent_on_graphs_and_not_exceeded(tmp_path: Path) -> None:
-    sizes = [*LARGE, "--task-option", "hidden=1024", "--micro-batch-size", 8, "--steps", 3]
+    sizes: list[Any] = [*LARGE, "--task-option", "hidden=1024", "--micro-batch-size", 8, "--steps", 3]
     run("train", *sizes, "--output", tmp_path / "free")
     said = run("train", *sizes, "--max-memory", "1MB", "--output", tmp_path / "held")
     free, held = summary(tmp_path / "free"), summary(tmp_path / "held")
@@ -166,7 +166,7 @@ def test_the_memory_of_an_update_is_as_predicted(options: list[str], tolerance: 
 
 
 def test_with_several_graphs_the_measurement_is_lower_by_the_gradients_at_most(tmp_path: Path) -> None:
-    options = [*TOWERS, "--task-option", "size=600", "--batch-size", "48", "--task-option", "hidden=4096"]
+    options: list[Any] = [*TOWERS, "--task-option", "size=600", "--batch-size", "48", "--task-option", "hidden=4096"]
     run("train", *options, "--micro-batch-size", 12, "--max-memory", "5MB", "--steps", 2, "--output", tmp_path / "run")
     ended = summary(tmp_path / "run")
     assert ended["kept_graphs"] == 4
@@ -175,7 +175,7 @@ def test_with_several_graphs_the_measurement_is_lower_by_the_gradients_at_most(t
 
 
 def test_without_a_size_the_fastest_that_fits_is_found(tmp_path: Path) -> None:
-    options = [*LARGE, "--task-option", "hidden=1024", "--max-memory", "1MB", "--steps", 13]
+    options: list[Any] = [*LARGE, "--task-option", "hidden=1024", "--max-memory", "1MB", "--steps", 13]
     said = run("train", *options, "--output", tmp_path / "run")
     ended = summary(tmp_path / "run")
     assert "in micro-batches of the fastest size that is found (up to" in said

@@ -40,7 +40,7 @@ def choices_table(plan: Plan) -> Table:
             lambda choice: f"{choice.memory.peak / plan.max_memory:.1%}",
         ),
     ]
-    if plan.fastest is not None:
+    if not isinstance(plan, GatheredPlan):
         rows += [
             ("predicted time per update", lambda choice: seconds_text(choice.seconds_per_update)),
             ("time per sample", lambda choice: _per_sample(plan, choice)),
