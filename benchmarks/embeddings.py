@@ -9,7 +9,7 @@ The task `embeddings` (docstring to function, held-out modules). For each seed, 
 
 Two epochs, AdamW, warmup over a tenth of the updates, then linear decay to zero; learning rate 4e-4 at 256 and 1e-4 at
 16 (the square root of the ratio). Recall and MRR over the held-out pairs; differences with 95% intervals from a paired
-bootstrap over these queries, each averaged over the seeds before. Apart from that: the gradients of the first five
+bootstrap over these queries and the seeds. Apart from that: the gradients of the first five
 updates, gathered against native; and five updates within a budget that native 64 exceeds.
 
 Every finished run is saved: started again, it goes on from there. Results with machine and versions in --output.
@@ -39,6 +39,7 @@ WAYS = {"gathered 256": (BATCH, 4e-4), "native 256": (BATCH, 4e-4), "accumulated
 }
 PAIRS = [("gathered 256", "native 256"), ("gathered 256", "accumulated 256"), ("gathered 256", "native 16")]
 PAIRS += [(way, "before") for way in WAYS]
+DRAWS = 10_000  # of the bootstrap
 Batch = dict[str, Tensor]
 
 
@@ -198,11 +199,11 @@ METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def summary(before: list[int], runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means and seeds' values of each metric; differences with paired bootstrap intervals over the queries."""
+    """Means and seeds' values of each metric; differences with paired bootstrap intervals over queries and seeds."""
     places = {way: np.array([run["places"] for run in runs if run["way"] == way]) for way in WAYS}
     places = {"before": np.array([before])} | {way: p for way, p in places.items() if len(p)}
     generator, found = np.random.default_rng(0), {}
-    resampled = generator.integers(len(before), size=(10_000, len(before)))
+    queries = generator.integers(len(before), size=(DRAWS, len(before)))
     for metric, of in METRICS.items():
         values = {way: of(p).astype(float) for way, p in places.items()}  # (seeds, queries)
         rows: dict[str, Any] = {
@@ -211,11 +212,38 @@ def summary(before: list[int], runs: list[dict[str, Any]]) -> dict[str, Any]:
         }
         for one, two in PAIRS:
             if one in values and two in values:
-                difference = values[one].mean(0) - values[two].mean(0)
-                low, high = np.quantile(difference[resampled].mean(1), [0.025, 0.975])
+                difference = values[one] - values[two]  # (seeds, queries): pairs, seed by seed
+                seeds = generator.multinomial(len(difference), [1 / len(difference)] * len(difference), size=DRAWS)
+                of_seeds = seeds @ difference / len(difference)  # (draws, queries)
+                low, high = np.quantile(np.take_along_axis(of_seeds, queries, 1).mean(1), [0.025, 0.975])
                 rows[f"{one} minus {two}"] = [round(float(x), 4) for x in (difference.mean(), low, high)]
         found[metric] = rows
     return found
+
+
+def table(saved: dict[str, Any]) -> str:
+    """Each way in Markdown: the mean over the seeds, and in brackets the lowest and the highest of them."""
+
+    def cell(row: dict[str, Any]) -> str:
+        low, high = min(row["seeds"]), max(row["seeds"])
+        return f"{row['mean']:.3f}" + (f" ({low:.3f} to {high:.3f})" if len(row["seeds"]) > 1 else "")
+
+    lines = ["| | updates | recall@1 | recall@10 | MRR |", "|---|---|---|---|---|"]
+    for way in ("before", *WAYS):
+        updates = next((run["updates"] for run in saved["runs"] if run["way"] == way), 0)
+        cells = [cell(saved["summary"][metric][way]) for metric in METRICS]
+        lines.append(f"| {way} | {' | '.join([str(updates), *cells])} |")
+    return "\n".join(lines)
+
+
+def differences(saved: dict[str, Any]) -> str:
+    """The differences between ways in Markdown, with their 95% intervals."""
+    lines = ["| | recall@1 | recall@10 | MRR |", "|---|---|---|---|"]
+    for one, two in PAIRS:
+        found = [saved["summary"][metric][f"{one} minus {two}"] for metric in METRICS]
+        cells = [f"{difference:+.3f} ({low:+.3f} to {high:+.3f})" for difference, low, high in found]
+        lines.append(f"| {one} minus {two} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -257,9 +285,7 @@ def main() -> None:
                 save()
                 print(way, seed, round(runs[-1]["seconds"]), "s", flush=True)
     save()
-    for metric, rows in saved["summary"].items():
-        for name, row in rows.items():
-            print(f"{metric:10} {name:40} {row}")
+    print(table(saved), differences(saved), sep="\n\n")
 
 
 if __name__ == "__main__":
