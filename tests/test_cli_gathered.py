@@ -174,6 +174,7 @@ def test_with_several_graphs_the_measurement_is_lower_by_the_gradients_at_most(t
     assert 0 <= surplus <= 1.1 * ended["memory_predicted"]["gradients"]
 
 
+@pytest.mark.slow
 def test_without_a_size_the_fastest_that_fits_is_found(tmp_path: Path) -> None:
     options: list[Any] = [*LARGE, "--task-option", "hidden=1024", "--max-memory", "1MB", "--steps", 13]
     said = run("train", *options, "--output", tmp_path / "run")
@@ -327,3 +328,22 @@ def test_outputs_without_a_graph_are_an_error_before_any_work() -> None:
     )
     with pytest.raises(ValueError, match="no output of encode depends on a trainable parameter"):
         Run(task, TrainOptions())
+
+
+def test_planning_leaves_model_and_random_numbers_as_they_were() -> None:
+    task = towers(hidden=8, norm=True)
+    dropping = replace(task, encode=lambda model, pair: encode(model, (nn.functional.dropout(pair[0], 0.5), pair[1])))
+    before = {name: value.clone() for name, value in task.model.state_dict().items()}
+    state = torch.get_rng_state()
+    optimizer = task.make_optimizer(task.model, 0.01)
+    needs = GatheredNeeds.of(dropping, task.model, optimizer, 24, "1MB")
+    gathered_plan(needs)
+    assert needs.predicted(4, 2) is not None
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in task.model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(p.grad is None for p in task.model.parameters())
+    assert not optimizer.state
+    dropping.encode(task.model, collated(task, task.train, 4))  # type: ignore[misc]  # the control: a forward does
+    assert not torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(task.model.state_dict()["left.1.running_mean"], before["left.1.running_mean"])
