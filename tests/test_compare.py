@@ -20,18 +20,18 @@ from macrobatch.cli.comparison import (
     Comparison,
     Course,
     Estimate,
-    Key,
     Memory,
     Result,
     paired_difference,
     ratio_of,
-    three_ways,
     time_ratio,
 )
 from macrobatch.cli.figures import PLOTS, inline_svg
-from macrobatch.cli.measure import GradientMeter, MemoryProbe, RunningVariance, lower_bound
+from macrobatch.cli.gradient_meter import GradientMeter, RunningVariance
+from macrobatch.cli.measure import MemoryProbe, lower_bound
 from macrobatch.cli.report import page, rows
 from macrobatch.cli.validation import Validation
+from macrobatch.cli.way import Key, three_ways
 from macrobatch.tasks import Task, load_task
 
 SMALL_LM = ["--task-option", "d_model=16", "--task-option", "num_layers=1", "--task-option", "context=32"]

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from macrobatch import GradientNoiseScale
 from macrobatch.cli import scale_words, words
-from macrobatch.cli.comparison import Comparison, Estimate, Key, Memory, NoisePoint, Repeat, Result, Way, scaled_way
+from macrobatch.cli.comparison import Comparison, Estimate, Memory, NoisePoint, Repeat, Result
 from macrobatch.cli.curvature import sharpness_of
 from macrobatch.cli.figures import PLOTS, inline_svg
-from macrobatch.cli.measure import GradientMeter
+from macrobatch.cli.gradient_meter import GradientMeter
 from macrobatch.cli.race import Racer
 from macrobatch.cli.report import page, rows
 from macrobatch.cli.scaled_rate import RateScaling, scale_with_warmup
 from macrobatch.cli.seeds import interval_of, student
+from macrobatch.cli.way import Key, Way, scaled_way
 from macrobatch.sharpness import Sharpness
 from macrobatch.tasks import Task
 
@@ -244,7 +245,7 @@ def scaled(final: float, *, skipped: int = 0, noise: Sequence[NoisePoint] = (), 
     base = comparison(**changes)
     scaling = RateScaling("linear", "sgd", "why it is so", 8, 64, 8.0, 2, ["group 0: lr 0.1 -> 0.8"], [])
     its_course = replace(course(final, updates=16), skipped=skipped, noise=noise)
-    result = Result(scaled_way(64, 8), Memory(11_000_000, True), its_course)
+    result = Result(scaled_way(base.results["accumulated"].way), Memory(11_000_000, True), its_course)
     return replace(base, results={**base.results, "scaled": result}, scaling=scaling)
 
 

@@ -204,8 +204,11 @@ def compare(
     ] = None,
     max_memory: MaxMemory = None,
     lr: LearningRate = None,
-    samples: Samples = 8192,
-    draws: Annotated[int, _count(64, "Gradients drawn to measure their variance.")] = 64,
+    samples: Samples = None,
+    draws: Annotated[
+        int | None,
+        _count(8, "Gradients drawn to measure their variance, 64 at least unless the loss compares samples."),
+    ] = None,
     sharpness: Annotated[int, _count(0, "Training samples that the sharpness at the end is over; 0: none.")] = 32,
     seeds: Annotated[int, _count(1, "Repeat with so many seeds, for intervals.")] = 1,
     device: DeviceName = "auto",
@@ -215,14 +218,14 @@ def compare(
 ) -> None:
     """Small batch, accumulation, native large batch and a scaled learning rate on the same samples, in one report."""
     from macrobatch.cli.compare import compare as compare_ways
-    from macrobatch.cli.comparer import CompareOptions
+    from macrobatch.cli.compare_options import CompareOptions
 
     options = CompareOptions(
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         max_memory=max_memory,
         learning_rate=lr,
-        samples=samples or 8192,
+        samples=samples,
         draws=draws,
         sharpness_samples=sharpness,
         seeds=seeds,

@@ -10,14 +10,16 @@ from rich.console import Console
 from rich.markup import escape
 from torch import nn
 
-from macrobatch.cli.comparer import CompareOptions, Comparer
-from macrobatch.cli.comparison import Comparison, Estimate, Key, Result, Way
+from macrobatch.cli.compare_options import CompareOptions
+from macrobatch.cli.comparer import Comparer
+from macrobatch.cli.comparison import Comparison, Estimate, Result
 from macrobatch.cli.figures import save_main_picture
 from macrobatch.cli.formats import bytes_text, counted, duration_text
-from macrobatch.cli.measure import GradientStatistics
+from macrobatch.cli.gradient_meter import GradientStatistics
 from macrobatch.cli.progress import Progress, say
 from macrobatch.cli.report import page, terminal_table
 from macrobatch.cli.runfiles import all_or_nothing, write_json, write_text
+from macrobatch.cli.way import Key, Way
 from macrobatch.cli.words import findings
 from macrobatch.tasks import Task
 
@@ -83,6 +85,7 @@ def measure(comparer: Comparer, make_task: Callable[[int], Task], console: Conso
         "small": gradients.by_size[comparer.micro_batch_size],
         "accumulated": gradients.by_size[comparer.batch_size],
         "native": gradients.native,
+        "plain": gradients.plain,
     }
     results: dict[Key, Result] = {
         way.key: Result(
@@ -110,11 +113,12 @@ def _comparison(comparer: Comparer, gradients: GradientStatistics, **measured: A
         samples=comparer.samples,
         learning_rate=comparer.learning_rate,
         seed=options.seed,
-        draws=options.draws,
+        draws=comparer.draws,
         max_memory=comparer.max_memory,
         variances=gradients.by_size,
         gradient_squared=gradients.gradient_squared,
         gradient_difference=gradients.largest_difference,
+        plain_gradient=gradients.plain_gradient,
         noisy_layers=noisy_layers(task.model),
         scaling=comparer.scaling,
         not_scaled=comparer.not_scaled,

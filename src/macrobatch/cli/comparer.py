@@ -2,8 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -13,41 +12,29 @@ from torch.optim.lr_scheduler import LRScheduler
 from macrobatch import GradientNoiseScale
 from macrobatch.budget import budget_bytes
 from macrobatch.cli import setup
-from macrobatch.cli.comparison import Key, Memory, Repeat, Way, scaled_way, three_ways
+from macrobatch.cli.compare_options import CompareOptions, checked_draws, checked_samples, refuse_auto_among_samples
+from macrobatch.cli.comparison import Memory, Repeat
+from macrobatch.cli.coupled_meter import CoupledMeter
 from macrobatch.cli.curvature import WORK, sharpness_of, sharpness_samples
-from macrobatch.cli.forecast import Forecast, refuse_auto, sample_batch
+from macrobatch.cli.forecast import refuse_auto, sample_batch
+from macrobatch.cli.forecasts import predicted_peak
 from macrobatch.cli.formats import bytes_text
-from macrobatch.cli.measure import GradientMeter, GradientStatistics, MemoryProbe, sizes_between
+from macrobatch.cli.gradient_meter import GradientMeter, GradientStatistics, sizes_between
+from macrobatch.cli.measure import MemoryProbe
 from macrobatch.cli.progress import Progress
 from macrobatch.cli.race import Racer, race, validation_points
 from macrobatch.cli.sampling import UpdateIndices, take, update_sizes
 from macrobatch.cli.scaled_rate import RateScaling, scale_with_warmup
 from macrobatch.cli.validation import validation_batches
+from macrobatch.cli.way import Key, Way, scaled_way, ways_of
+from macrobatch.cli.workload import Workload
 from macrobatch.planning import plan
 from macrobatch.sharpness import Sharpness
 from macrobatch.tasks import Task
 from macrobatch.tasks.task import num_samples
 
 MOST_VALIDATION_SAMPLES = 512
-FORWARD_SHARE = 1 / 3  # of the work of forward and backward
-METER_SHARE = 1.5  # work of a sample while memory is measured
 SHORTEST_HALF_LIFE = 4.0  # of the noise scale, in windows; else an eighth of the run
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareOptions:
-    """What the command line said; None where the task's own value is meant, or no budget."""
-
-    batch_size: int | None = None
-    micro_batch_size: int | Literal["auto"] | None = None
-    max_memory: int | str | None = None
-    learning_rate: float | None = None
-    samples: int = 8192
-    draws: int = 64
-    sharpness_samples: int = 32
-    seeds: int = 1
-    device: setup.Device = "auto"
-    seed: int = 0
 
 
 class Comparer:
@@ -56,23 +43,27 @@ class Comparer:
     def __init__(self, task: Task, options: CompareOptions) -> None:
         self.task, self.options = task, options
         self.device = setup.device_named(options.device)
-        self.data_size = num_samples(task.train, "train")
+        self.data_size, self.is_coupled = num_samples(task.train, "train"), task.encode is not None
         self.batch_size = options.batch_size or min(task.batch_size, self.data_size)
         self.max_memory = None if options.max_memory is None else budget_bytes(options.max_memory, self.device)
         self.micro_batch_size = self._micro_batch_size()
-        self._check_sizes()
+        asked = checked_samples(task, options, self.batch_size, self.micro_batch_size)
+        self.draws = checked_draws(task, options)
         self.learning_rate = options.learning_rate or task.learning_rate
         # Whole effective batches, so that no way sees a sample that another does not.
-        whole = options.samples // self.batch_size * self.batch_size
-        self.update_sizes = update_sizes(self.data_size, self.batch_size, samples=whole)
-        self.samples = whole
+        self.samples = asked // self.batch_size * self.batch_size
+        self.update_sizes = update_sizes(self.data_size, self.batch_size, samples=self.samples)
         self.scaling, self.not_scaled = self._scaling()
-        scaled = [] if self.scaling is None else [scaled_way(self.batch_size, self.micro_batch_size)]
-        self.ways: list[Way] = [*three_ways(self.batch_size, self.micro_batch_size), *scaled]
-        self.validation_work = FORWARD_SHARE * min(MOST_VALIDATION_SAMPLES, num_samples(task.validation, "validation"))
+        self.ways = ways_of(task, self.batch_size, self.micro_batch_size)
+        if self.scaling is not None:
+            self.ways += [scaled_way(way) for way in self.ways if way.key == "accumulated"]
         self.points = validation_points(len(self.update_sizes))
+        # A noise scale and a Hessian are those of a mean over samples.
         self.sizes = sizes_between(self.micro_batch_size, self.batch_size)
         self.sharpness_samples = min(options.sharpness_samples, self.data_size)
+        if self.is_coupled:
+            self.sizes, self.sharpness_samples = [self.micro_batch_size, self.batch_size], 0
+        self.workload = self._workload()
 
     def _micro_batch_size(self) -> int:
         """The size given, the task's own, or with "auto" the fastest that fits, of those that leave two for a batch."""
@@ -81,6 +72,7 @@ class Comparer:
             return min(self.task.micro_batch_size, most)
         if given != "auto":
             return given
+        refuse_auto_among_samples(self.task)
         refuse_auto(self.task)
         model, optimizer = self._model_and_optimizer(self.task.learning_rate)
         found = plan(
@@ -92,20 +84,6 @@ class Comparer:
             optimizer=optimizer,
         )
         return min((found.fastest or found.largest).micro_batch_size, most)
-
-    def _check_sizes(self) -> None:
-        batch_size, samples = self.batch_size, self.options.samples
-        if batch_size > self.data_size:
-            raise ValueError(
-                f"--batch-size {batch_size} is more than the {self.data_size} training samples of {self.task.name}"
-            )
-        if not 1 <= self.micro_batch_size < batch_size:
-            raise ValueError(
-                f"--micro-batch-size {self.micro_batch_size} must be below --batch-size {batch_size}: "
-                "otherwise there is nothing to accumulate"
-            )
-        if samples < batch_size:
-            raise ValueError(f"--samples {samples} is less than one effective batch of {batch_size}")
 
     def _model_and_optimizer(self, learning_rate: float) -> tuple[nn.Module, Optimizer]:
         model = copy.deepcopy(self.task.model).to(self.device)
@@ -132,17 +110,28 @@ class Comparer:
     def _racer(self, way: Way, task: Task) -> Racer:
         if way.key != "scaled":
             return Racer(task, way, self.learning_rate, self.device)
-        noise = GradientNoiseScale(half_life=max(SHORTEST_HALF_LIFE, len(self.update_sizes) / 8))
+        noise = None
+        if not self.is_coupled:
+            noise = GradientNoiseScale(half_life=max(SHORTEST_HALF_LIFE, len(self.update_sizes) / 8))
         return Racer(task, way, self.learning_rate, self.device, lambda o: self._scale(o)[0], noise)
 
     # ------------------------------------------------------------------------------------------ how long it takes
+    def _workload(self) -> Workload:
+        return Workload(
+            samples=self.samples,
+            validations=len(self.points) + 1,
+            held_out=min(MOST_VALIDATION_SAMPLES, num_samples(self.task.validation, "validation")),
+            draws=self.draws,
+            sizes=self.sizes,
+            micro_batch_size=self.micro_batch_size,
+            sharpness=WORK * self.sharpness_samples,
+            seeds=self.options.seeds,
+            is_coupled=self.is_coupled,
+        )
+
     def work(self, ways: Sequence[Way]) -> float:
         """All that is to do if these ways fit, in samples forward and backward."""
-        probing = METER_SHARE * sum(2 * way.update_size for way in self.ways if way.key != "scaled")
-        training = len(ways) * (self.samples + (len(self.points) + 1) * self.validation_work)
-        again = len(self.repeated(ways)) * (self.samples + 2 * self.validation_work + self._sharpness_work)
-        drawing = self.options.draws * self._drawn(any(way.key == "native" for way in ways))
-        return probing + training + drawing + len(ways) * self._sharpness_work + (self.options.seeds - 1) * again
+        return self.workload.total(self.ways, ways, self.repeated(ways))
 
     def seconds(self) -> float:
         """What all of it takes at the present speed, by one micro-batch after another one that warms up."""
@@ -151,28 +140,20 @@ class Comparer:
             racer.train_on(take(self.task.train, range(self.micro_batch_size)))
         return self.work(self.ways) * racer.course().window_seconds[-1] / self.micro_batch_size
 
-    def _drawn(self, native: bool) -> int:
-        return (1 + native) * self.batch_size
-
-    @property
-    def _sharpness_work(self) -> float:
-        return WORK * self.sharpness_samples
-
     # ------------------------------------------------------------------------------------------ the steps
     def memories(self, progress: Progress) -> dict[Key, Memory]:
         """The peak memory of each way. ValueError where not even accumulation fits the budget."""
         samples = take(self.task.train, next(iter(self._indices(self.options.seed))))
         probe = MemoryProbe(self.task, samples, self.learning_rate, self.device, self.max_memory)
-        forecast = Forecast(self.task, *self._model_and_optimizer(self.learning_rate), self.device)
         memories: dict[Key, Memory] = {}
         for way in self.ways:
             if way.key == "scaled":
                 memories["scaled"] = memories["accumulated"]  # the same update at another rate
                 continue
             progress.advance(0, f"measuring memory: {way.name}")
-            predicted = forecast.memory(way.update_size, way.micro_batch_size)
-            memories[way.key] = replace(probe.of(way), predicted_bytes=None if predicted is None else predicted.peak)
-            progress.advance(2 * METER_SHARE * way.update_size, f"measuring memory: {way.name}")
+            predicted = predicted_peak(self.task, way, *self._model_and_optimizer(self.learning_rate), self.device)
+            memories[way.key] = replace(probe.of(way), predicted_bytes=predicted)
+            progress.advance(self.workload.memory(way), f"measuring memory: {way.name}")
         if not (memories["small"].fits and memories["accumulated"].fits):
             budget = bytes_text(self.max_memory) if self.max_memory else "of the device"
             raise ValueError(
@@ -197,7 +178,7 @@ class Comparer:
             racers,
             self._indices(seed),
             validation,
-            self.validation_work,
+            self.workload,
             points,
             lambda work, text: progress.advance(work, text + note),
         )
@@ -205,11 +186,12 @@ class Comparer:
 
     def gradients(self, model: nn.Module, native: bool, progress: Progress) -> GradientStatistics:
         """Variances of the gradient at the parameters of `model`, over draws from the training data."""
-        meter = GradientMeter(self.task, model, self.sizes, self.micro_batch_size, native=native)
+        kind = CoupledMeter if self.is_coupled else GradientMeter
+        meter = kind(self.task, model, self.sizes, self.micro_batch_size, native=native)
         generator = torch.Generator().manual_seed(self.options.seed + 1)
-        for number in range(self.options.draws):
+        for number in range(self.draws):
             meter.draw(torch.randperm(self.data_size, generator=generator)[: self.batch_size].tolist())
-            progress.advance(self._drawn(native), f"gradient variance: draw {number + 1}/{self.options.draws}")
+            progress.advance(self.workload.draw(native), f"gradient variance: draw {number + 1}/{self.draws}")
         return meter.statistics()
 
     def sharpness(self, racers: dict[Key, Racer], progress: Progress, note: str = "") -> dict[Key, Sharpness]:
@@ -223,7 +205,7 @@ class Comparer:
             sharp = sharpness_of(racer, samples)
             if sharp is not None:
                 found[key] = sharp
-            progress.advance(self._sharpness_work, f"sharpness: {racer.way.name}{note}")
+            progress.advance(self.workload.sharpness, f"sharpness: {racer.way.name}{note}")
         return found
 
     def repeated(self, ways: Sequence[Way]) -> list[Way]:
@@ -235,8 +217,10 @@ class Comparer:
         note = f", seed {seed}"
         racers = self._race(task, self.repeated(ways), seed, {len(self.update_sizes)}, progress, note)
         sharp = self.sharpness(racers, progress, note)
+        ends = {key: racer.course().final for key, racer in racers.items()}
         return Repeat(
             seed,
-            {key: racer.course().final.loss for key, racer in racers.items()},
+            {key: end.loss for key, end in ends.items()},
             {key: found.top for key, found in sharp.items()},
+            {key: end.metrics for key, end in ends.items()},
         )

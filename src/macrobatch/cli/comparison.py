@@ -3,38 +3,12 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
 from macrobatch.cli.scaled_rate import RateScaling
 from macrobatch.cli.validation import Validation
+from macrobatch.cli.way import Key, Way
 from macrobatch.sharpness import Sharpness
-
-Key = Literal["small", "accumulated", "native", "scaled"]
-
-
-@dataclass(frozen=True)
-class Way:
-    """A way through the samples: how many make an update, and how many of them are in memory at once."""
-
-    key: Key
-    name: str
-    update_size: int
-    micro_batch_size: int
-
-
-def three_ways(batch_size: int, micro_batch_size: int) -> tuple[Way, Way, Way]:
-    """Small batch, accumulation, native large batch: the second has the first's memory and the third's update."""
-    return (
-        Way("small", "small batch", micro_batch_size, micro_batch_size),
-        Way("accumulated", "accumulation", batch_size, micro_batch_size),
-        Way("native", "native large batch", batch_size, batch_size),
-    )
-
-
-def scaled_way(batch_size: int, micro_batch_size: int) -> Way:
-    """Accumulation once more, at a learning rate that is scaled for its update."""
-    return Way("scaled", "accumulated, lr scaled", batch_size, micro_batch_size)
 
 
 @dataclass(frozen=True)
@@ -110,11 +84,23 @@ class Result:
 
 @dataclass(frozen=True)
 class Repeat:
-    """The end of the ways at one more seed: validation loss and sharpness of each that was run."""
+    """The end of the ways at one more seed: validation loss, sharpness and metrics of each that was run."""
 
     seed: int
     losses: Mapping[Key, float]
     sharpness: Mapping[Key, float]
+    metrics: Mapping[Key, Mapping[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PlainGradient:
+    """The gradient of plain accumulation g against the one that it stands for, h, over draws: |g - h| / |h|, and cos.
+
+    h: of the same samples at the same parameters, by gathered accumulation. Each the mean over draws.
+    """
+
+    difference: Estimate
+    cosine: Estimate
 
 
 @dataclass(frozen=True)
@@ -124,6 +110,7 @@ class Comparison:
     `variances`: update size to the trace of the covariance of an update's gradient at common parameters.
     `gradient_squared`: the squared norm of the mean gradient there, without bias. `gradient_difference`: the largest
     relative difference between accumulated and native gradient of the same samples; None where not measured.
+    `plain_gradient`: only for losses that compare the samples of an update, and then not None.
     `noisy_layers`: modules whose result depends on how a batch is cut (BatchNorm), or is random (dropout). `scaling`:
     what the fourth way's rate was; None where there is none, `not_scaled` says why. `sharpness_samples`: that the
     Hessian is over. `repeats`: the other seeds.
@@ -150,12 +137,30 @@ class Comparison:
     not_scaled: str = ""
     sharpness_samples: int = 0
     repeats: Sequence[Repeat] = ()
+    plain_gradient: PlainGradient | None = None
+
+    @property
+    def is_coupled(self) -> bool:
+        """Whether the loss compares the samples of an update: each size of it has another loss and gradient."""
+        return "plain" in self.results
 
     def losses(self, key: Key) -> list[float]:
         """The validation loss at the end of a way, at every seed that it was run with."""
         course = self.results[key].course if key in self.results else None
         mine = [] if course is None else [course.final.loss]
         return mine + [repeat.losses[key] for repeat in self.repeats if key in repeat.losses]
+
+    def metrics(self, name: str, key: Key) -> list[float]:
+        """That metric at the end of a way, at every seed that it was run with."""
+        course = self.results[key].course if key in self.results else None
+        mine = [] if course is None else [course.final.metrics[name]]
+        return mine + [repeat.metrics[key][name] for repeat in self.repeats if key in repeat.metrics]
+
+    @property
+    def metric_names(self) -> Sequence[str]:
+        """The metrics of the task."""
+        courses = [result.course for result in self.results.values() if result.course is not None]
+        return list(courses[0].final.metrics) if courses else []
 
     def sharpnesses(self, key: Key) -> list[float]:
         """The top eigenvalue of the Hessian at the end of a way, at every seed at which it was measured."""

@@ -13,22 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from macrobatch.cli.comparison import Comparison, Course, Key, Result
+from macrobatch.cli.bars import memory_bars, metric_bars, sharpness_bars, speed_bars, variance_by_way
+from macrobatch.cli.comparison import Comparison, Course, Result
 from macrobatch.cli.finding import is_clear
-from macrobatch.cli.formats import bytes_text, number_text
+from macrobatch.cli.palette import COLOR, FAINT, INK, VARIABLES
 from macrobatch.cli.plots import STYLE, smoothed, thousands
-from macrobatch.cli.seeds import interval_of
+from macrobatch.cli.way import Key
 
-COLOR: Mapping[Key, str] = {"small": "#d55e00", "accumulated": "#0072b2", "native": "#009e73", "scaled": "#a6438a"}
-INK, FAINT, PANEL = "#1b1f24", "#8b949e", "#fefefe"
-# What stands for each of these colours in a page: its style sheet has a light and a dark value.
-VARIABLES = {
-    INK: "var(--ink)",
-    FAINT: "var(--faint)",
-    PANEL: "var(--panel)",
-    **{color: f"var(--{key})" for key, color in COLOR.items()},
-}
-LINE: Mapping[Key, Any] = {"small": "-", "accumulated": "-", "native": (0, (4, 3)), "scaled": "-"}
+LINE: Mapping[Key, Any] = {"small": "-", "plain": (0, (1, 1)), "accumulated": "-", "native": (0, (4, 3)), "scaled": "-"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,7 @@ def loss_over_samples(axes: Axes, comparison: Comparison) -> None:
     """Validation loss, and the training loss behind it, over the samples seen."""
     for result in comparison.results.values():
         if result.course is not None:
-            _loss_curves(axes, result, result.course, lambda samples: samples)
+            _loss_curves(axes, comparison, result, result.course, lambda samples: samples)
     axes.set(xlabel="samples", ylabel="loss")
     thousands(axes)
     axes.legend()
@@ -55,7 +47,7 @@ def loss_over_updates(axes: Axes, comparison: Comparison) -> None:
     for result in comparison.results.values():
         if result.course is not None:
             updates = {n: number for number, (n, _) in enumerate(result.course.losses, 1)} | {0: 0}
-            _loss_curves(axes, result, result.course, updates.__getitem__)
+            _loss_curves(axes, comparison, result, result.course, updates.__getitem__)
     axes.set(xlabel="updates", ylabel="loss")
     thousands(axes)
     axes.legend()
@@ -67,47 +59,24 @@ def loss_over_seconds(axes: Axes, comparison: Comparison) -> None:
         if result.course is not None:
             rate = result.course.samples_per_second
             seconds = {n: n / rate for n, _ in [(0, 0.0), *result.course.losses]}
-            _loss_curves(axes, result, result.course, seconds.__getitem__)
+            _loss_curves(axes, comparison, result, result.course, seconds.__getitem__)
     axes.set(xlabel="seconds of computing", ylabel="loss")
     axes.legend()
 
 
-def _loss_curves(axes: Axes, result: Result, course: Course, x_of: Callable[[int], float]) -> None:
+def _loss_curves(
+    axes: Axes, comparison: Comparison, result: Result, course: Course, x_of: Callable[[int], float]
+) -> None:
     key = result.way.key
-    training = smoothed([loss for _, loss in course.losses], max(1, len(course.losses) // 32))
-    axes.plot([x_of(n) for n, _ in course.losses], training, color=COLOR[key], linewidth=0.8, alpha=0.35)
+    if not comparison.is_coupled:  # else the training losses are different functions
+        training = smoothed([loss for _, loss in course.losses], max(1, len(course.losses) // 32))
+        axes.plot([x_of(n) for n, _ in course.losses], training, color=COLOR[key], linewidth=0.8, alpha=0.35)
     # Where native and accumulation coincide, both show: open squares on a dashed line around dots on a solid one.
-    look: dict[str, Any] = {"marker": "^" if key == "scaled" else "o", "markersize": 4}
+    look: dict[str, Any] = {"marker": {"scaled": "^", "plain": "v"}.get(key, "o"), "markersize": 4}
     if key == "native":
         look = {"marker": "s", "markersize": 7, "markerfacecolor": "none"}
     x, losses = [x_of(n) for n, _ in course.validation_losses], [loss for _, loss in course.validation_losses]
     axes.plot(x, losses, color=COLOR[key], linestyle=LINE[key], label=result.way.name, **look)
-
-
-def memory_bars(axes: Axes, comparison: Comparison) -> None:
-    """Peak bytes by way, and the budget where there is one."""
-    unit, results = 1e6, _three(comparison)
-    values = {key: (result.memory.peak_bytes or 0) / unit for key, result in results.items()}
-    labels = {key: _memory_label(result) for key, result in results.items()}
-    if comparison.max_memory is not None:
-        axes.axvline(comparison.max_memory / unit, color=INK, linewidth=1, linestyle=":", zorder=0.5)
-        budget = f"dotted: budget {bytes_text(comparison.max_memory)}"
-        axes.set_title(budget, fontsize="small", fontweight="normal", loc="right")
-    _bars(axes, comparison, values, labels)
-    for bar, result in zip(axes.patches, results.values(), strict=True):
-        if not result.memory.fits:
-            bar.set(facecolor="none", edgecolor=COLOR[result.way.key], linestyle="--")
-    axes.set(xlabel="peak memory in MB")
-
-
-def _three(comparison: Comparison) -> Mapping[Key, Result]:
-    """Without the scaled rate, which changes neither memory nor time."""
-    return {key: result for key, result in comparison.results.items() if key != "scaled"}
-
-
-def _memory_label(result: Result) -> str:
-    at_least = "" if result.memory.fits or result.memory.peak_bytes is None else "≥ "
-    return at_least + bytes_text(result.memory.peak_bytes)
 
 
 def variance_by_size(axes: Axes, comparison: Comparison) -> None:
@@ -141,16 +110,6 @@ def _plain_ticks(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
 
 
-def speed_bars(axes: Axes, comparison: Comparison) -> None:
-    """Samples per second by way."""
-    rates = {
-        key: result.course.samples_per_second if result.course else 0 for key, result in _three(comparison).items()
-    }
-    labels = {key: number_text(rate) if rate else "not run" for key, rate in rates.items()}
-    _bars(axes, comparison, rates, labels)
-    axes.set(xlabel="samples per second")
-
-
 def noise_over_samples(axes: Axes, comparison: Comparison) -> None:
     """The gradient noise scale along the run with the scaled rate, and where accumulation ended; and the batch size."""
     course = comparison.results["scaled"].course if "scaled" in comparison.results else None
@@ -173,38 +132,6 @@ def noise_over_samples(axes: Axes, comparison: Comparison) -> None:
     axes.legend(loc="lower right")
 
 
-def sharpness_bars(axes: Axes, comparison: Comparison) -> None:
-    """The top eigenvalue of the Hessian where each way ended; over seeds the mean and its 95% interval."""
-    found = {key: comparison.sharpnesses(key) for key in comparison.results}
-    measured = {key: interval_of(values) for key, values in found.items() if values}
-    labels: dict[Key, str] = {
-        key: str(interval) if math.isfinite(interval.half) else number_text(interval.mean)
-        for key, interval in measured.items()
-    }
-    _bars(axes, comparison, {key: interval.mean for key, interval in measured.items()}, labels)
-    for row, interval in enumerate(measured.values()):
-        if math.isfinite(interval.half):
-            axes.errorbar(interval.mean, row + 0.22, xerr=interval.half, color=INK, capsize=2, linewidth=1)
-    ends = [interval.mean + (interval.half if math.isfinite(interval.half) else 0) for interval in measured.values()]
-    axes.set(xlabel="largest eigenvalue of the Hessian", xlim=(0, 1.4 * max(ends, default=0) or 1))
-
-
-def _bar_name(result: Result) -> str:
-    name = result.way.name.replace("native ", "native\n").replace(", ", ",\n")
-    return name if result.memory.fits else f"{name}\n(does not fit)"
-
-
-def _bars(axes: Axes, comparison: Comparison, values: Mapping[Key, float], labels: Mapping[Key, str]) -> None:
-    names = [_bar_name(comparison.results[key]) for key in values]
-    bars = axes.barh(names, list(values.values()), color=[COLOR[key] for key in values], height=0.6)
-    behind = {"facecolor": PANEL, "edgecolor": "none", "pad": 1}  # no line runs through the numbers
-    axes.bar_label(bars, list(labels.values()), padding=4, color=INK, bbox=behind)
-    axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
-    axes.margins(x=0.35)
-    axes.set_xlim(left=0)
-
-
 PLOTS: Sequence[Plot] = (
     Plot(
         "loss-samples", "Loss over samples seen: lines with marks validation, faint lines training", loss_over_samples
@@ -221,8 +148,27 @@ PLOTS: Sequence[Plot] = (
 )
 
 
+# Where the loss compares samples: training losses are different functions, and there is no law of the variance.
+COUPLED_PLOTS: Sequence[Plot] = (
+    Plot("loss-samples", "Validation loss over samples seen, the same held-out samples for all", loss_over_samples),
+    Plot("metrics", "Metrics over the held-out samples at the end", metric_bars),
+    Plot("loss-updates", "The same losses over updates", loss_over_updates),
+    Plot("loss-seconds", "The same losses over time, at the median speed", loss_over_seconds),
+    *(plot for plot in PLOTS if plot.name in ("speed", "memory")),
+    Plot("variance", "Variance of an update's gradient where gathered accumulation ended", variance_by_way),
+)
+MAIN = {
+    "loss-samples": "Loss",
+    "metrics": "Metrics",
+    "memory": "Memory",
+    "variance": "Gradient noise",
+}
+
+
 def plots_of(comparison: Comparison) -> list[Plot]:
     """The figures that there is something to draw in."""
+    if comparison.is_coupled:
+        return [plot for plot in COUPLED_PLOTS if plot.name != "metrics" or comparison.metric_names]
     has_sharpness = any(comparison.sharpnesses(key) for key in comparison.results)
     return [plot for plot in PLOTS if plot.name != "sharpness" or has_sharpness]
 
@@ -250,13 +196,13 @@ def inline_svg(plot: Plot, comparison: Comparison) -> str:
 
 
 def save_main_picture(path: Path, comparison: Comparison) -> None:
-    """Loss, memory and gradient variance side by side in one picture, on white."""
+    """Loss, memory and gradient variance, or metrics, side by side in one picture, on white."""
     with rc_context({**STYLE, **_ink()}):
         figure = Figure(figsize=(14, 4.2), layout="constrained", facecolor="white")
-        chosen = [plot for plot in PLOTS if plot.name in ("loss-samples", "memory", "variance")]
-        for axes, plot in zip(figure.subplots(1, 3), chosen, strict=True):
+        chosen = [plot for plot in plots_of(comparison) if plot.name in MAIN][:3]
+        for axes, plot in zip(figure.subplots(1, len(chosen)), chosen, strict=True):
             plot.draw(axes, comparison)
-            axes.set_title({"loss-samples": "Loss", "memory": "Memory", "variance": "Gradient noise"}[plot.name])
+            axes.set_title(MAIN[plot.name])
         figure.savefig(path, dpi=120)
 
 

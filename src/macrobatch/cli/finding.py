@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from macrobatch.cli.comparison import Comparison, Course, Estimate, Key, paired_difference
-from macrobatch.cli.formats import with_error
+from macrobatch.cli.comparison import Comparison, Course, Estimate, paired_difference, paired_metric
+from macrobatch.cli.formats import number_text, with_error
 from macrobatch.cli.seeds import interval_of
+from macrobatch.cli.way import Key
 
 CLEAR = 3.0  # standard errors beyond which a difference is taken for real
 
@@ -45,7 +46,39 @@ def loss_difference(comparison: Comparison, one: Key, other: Key) -> Difference:
     courses = course_of(comparison, one), course_of(comparison, other)
     if courses[0] is None or courses[1] is None:
         return Difference(0, "not known")
-    found = paired_difference(courses[0].final, courses[1].final)
+    return _of_one_seed(paired_difference(courses[0].final, courses[1].final))
+
+
+def metric_difference(comparison: Comparison, name: str, one: Key, other: Key) -> Difference:
+    """The same of a metric."""
+    if comparison.repeats:
+        return seed_difference(comparison.metrics(name, one), comparison.metrics(name, other))
+    courses = course_of(comparison, one), course_of(comparison, other)
+    if courses[0] is None or courses[1] is None:
+        return Difference(0, "not known")
+    return _of_one_seed(paired_metric(courses[0].final, courses[1].final, name))
+
+
+def metrics_text(comparison: Comparison, one: Key, other: Key) -> str:
+    """Every metric of `one` against that of `other`, of the first seed, with their difference."""
+    courses = course_of(comparison, one), course_of(comparison, other)
+    if courses[0] is None or courses[1] is None:
+        return ""
+    ends = [course.final.metrics for course in courses if course is not None]
+    said = [
+        f"{name} {number_text(ends[0][name])} against {number_text(ends[1][name])} "
+        f"(difference {metric_difference(comparison, name, one, other).text})"
+        for name in comparison.metric_names
+    ]
+    return f" {', '.join(said)}." if said else ""
+
+
+def accumulation(comparison: Comparison) -> str:
+    """What accumulation is called that equals the native batch."""
+    return "Gathered accumulation" if comparison.is_coupled else "Accumulation"
+
+
+def _of_one_seed(found: Estimate) -> Difference:
     sign = (1 if found.value > 0 else -1) if is_clear(found) else 0
     return Difference(sign, f"{with_error(found.value, found.standard_error)}; one seed")
 

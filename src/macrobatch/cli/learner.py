@@ -1,12 +1,14 @@
 """From a task to the accumulator that fits its loss: one that sees all samples of a window, or any other."""
 
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from macrobatch import Accumulator, GatheredAccumulator
+from macrobatch import Accumulator, GatheredAccumulator, Window
 from macrobatch.measuring import Measure
+from macrobatch.structure import Nested
 from macrobatch.tasks import Task
 from macrobatch.window_pass import Autocast
 
@@ -47,3 +49,25 @@ def accumulator_of(
         scaler=scaler,
         measure=measure,
     )
+
+
+def accumulated_plainly(task: Task) -> Task:
+    """The task as accumulation without gathering trains it: its loss is over the samples of one micro-batch."""
+    if task.encode is None:
+        return task
+    return replace(task, encode=None, metrics={}, loss_fn=_MeanOverMicroBatches(task))
+
+
+class _MeanOverMicroBatches(nn.Module):
+    """The loss among the samples of a micro-batch, times how many they are: the mean over micro-batches."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.encode, self.loss_fn = task.encode, task.loss_fn  # as submodules, where they are modules
+
+    def forward(self, model: nn.Module, micro_batch: Nested) -> tuple[Tensor, int]:
+        """The share of this micro-batch."""
+        window, encode = Window([micro_batch]), self.encode
+        assert encode is not None
+        loss: Any = self.loss_fn(model, encode(model, micro_batch), window)
+        return loss * window.num_samples, window.num_samples

@@ -1,20 +1,19 @@
-"""Measurements apart from training: the peak memory of an update, and the variance of its gradient."""
+"""The peak memory of an update, measured apart from training."""
 
 import copy
 import logging
-import math
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from macrobatch import Accumulator, Window, apply_update, collate_windows
-from macrobatch.cli.comparison import Estimate, Memory, Way
-from macrobatch.cli.sampling import take
+from macrobatch import Window, apply_update, collate_windows
+from macrobatch.cli.comparison import Memory
+from macrobatch.cli.learner import accumulator_of
+from macrobatch.cli.way import Way, learned
 from macrobatch.memory import memory_limit, peak_memory
 from macrobatch.tasks import Task
 
@@ -24,7 +23,6 @@ def window_of(task: Task, samples: Sequence[Any], micro_batch_size: int) -> Wind
     return collate_windows(task.collate, micro_batch_size=micro_batch_size)(list(samples))
 
 
-# ------------------------------------------------------------------------------------------------ memory
 @dataclass(frozen=True)
 class MemoryProbe:
     """Peaks of two updates of a task, under a budget in bytes if one is given.
@@ -41,27 +39,32 @@ class MemoryProbe:
 
     def of(self, way: Way) -> Memory:
         """The peak of `way`; where it does not fit, a lower bound of what it needs."""
-        peak = self.peak(way.update_size, way.micro_batch_size)
+        peak = self.peak(way)
         if peak is not None:
             return Memory(peak, fits=True)
-        return Memory(lower_bound(lambda size: self.peak(size, size), way.micro_batch_size), fits=False)
 
-    def peak(self, update_size: int, micro_batch_size: int) -> int | None:
+        def of_size(size: int) -> int | None:
+            return self.peak(replace(way, update_size=size, micro_batch_size=size))
+
+        return Memory(lower_bound(of_size, way.micro_batch_size), fits=False)
+
+    def peak(self, way: Way) -> int | None:
         """The peak in bytes, or None where the memory is not enough for micro-batches of this size."""
-        window = window_of(self.task, self.samples[:update_size], micro_batch_size)
+        window = window_of(self.task, self.samples[: way.update_size], way.micro_batch_size)
         model = copy.deepcopy(self.task.model).to(self.device)  # outside: the one that it is copied from does not count
         try:
             with (
                 quiet(),
                 nullcontext() if self.max_memory is None else memory_limit(self.max_memory, device=self.device),
             ):
-                return peak_memory(lambda: self._two_updates(model, window), device=self.device)
+                return peak_memory(
+                    lambda: self._two_updates(learned(self.task, way), model, window), device=self.device
+                )
         except torch.OutOfMemoryError:
             return None
 
-    def _two_updates(self, model: nn.Module, window: Window) -> None:
-        optimizer = self.task.make_optimizer(model, self.learning_rate)
-        accumulator = Accumulator(model, self.task.loss_fn, batch_norm="micro_batch")
+    def _two_updates(self, task: Task, model: nn.Module, window: Window) -> None:
+        optimizer, accumulator = task.make_optimizer(model, self.learning_rate), accumulator_of(task, model)
         for _ in range(2):
             report = accumulator.run(window)
             if report.retries:
@@ -99,130 +102,3 @@ def lower_bound(peak: Callable[[int], int | None], size: int) -> int | None:
         return None
     (large, more), (small, less) = fitting
     return more + (more - less) * (size - large) // (large - small)
-
-
-# ------------------------------------------------------------------------------------------------ gradient variance
-class RunningVariance:
-    """Mean and trace of the covariance of vectors that come one at a time, at the memory of one vector.
-
-    The contribution of vector k is (k - 1) / k |g_k - mean of those before|^2 (Welford 1962). Each has the trace of the
-    covariance as its expectation, and they are uncorrelated (Helmert's contrasts), so their mean is the sample variance
-    and their spread gives its standard error.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._mean: Tensor | None = None
-        self._contributions: list[float] = []
-        self._along_mean: list[float] = []  # each vector's product with the mean of those before it
-
-    def add(self, vector: Tensor) -> None:
-        """One more vector, of shape (P,)."""
-        self.count += 1
-        if self._mean is None:
-            self._mean = vector.clone()
-            return
-        self._along_mean.append(float(vector.double() @ self._mean.double()))
-        difference = vector - self._mean
-        squared = float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
-        self._contributions.append((self.count - 1) / self.count * squared)
-        self._mean += difference / self.count
-
-    @property
-    def trace(self) -> Estimate:
-        """The trace of the covariance of one vector."""
-        return mean_of(self._contributions)
-
-    @property
-    def mean_squared(self) -> Estimate:
-        """The squared norm of the true mean: that of the sample mean, less the part of it that is noise."""
-        if self._mean is None:
-            return Estimate(math.nan, math.nan)
-        squared = float(torch.linalg.vector_norm(self._mean, dtype=torch.float64)) ** 2
-        # |mean|^2 moves by 2 g . noise / n with each vector; the later products are with nearly the true mean.
-        later = self._along_mean[len(self._along_mean) // 2 :]
-        spread = statistics.stdev(later) if len(later) > 1 else math.nan
-        return Estimate(squared - self.trace.value / self.count, 2 * spread / math.sqrt(self.count))
-
-
-def mean_of(values: Sequence[float]) -> Estimate:
-    """The mean of independent values and its standard error."""
-    if len(values) < 2:
-        return Estimate(values[0] if values else math.nan, math.nan)
-    return Estimate(statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)))
-
-
-@dataclass(frozen=True)
-class GradientStatistics:
-    """Gradients of updates at common parameters: variance by update size, by way, and how far two ways are apart."""
-
-    by_size: Mapping[int, Estimate]
-    native: Estimate | None
-    gradient_squared: Estimate
-    largest_difference: float | None
-
-
-class GradientMeter:
-    """Draws effective batches and takes their gradient at the parameters of `model`, which stay as they are.
-
-    Each draw is a random subset of the training data, without replacement, and independent of the other draws. Smaller
-    updates take its first samples, and each size goes on from the one before: the gradient of an effective batch is the
-    mean of its parts' by their loss weights. The native batch takes all in one piece, so that both see the same.
-    """
-
-    def __init__(
-        self, task: Task, model: nn.Module, sizes: Sequence[int], micro_batch_size: int, *, native: bool
-    ) -> None:
-        self._task, self._micro_batch_size = task, micro_batch_size
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._accumulator = Accumulator(model, task.loss_fn, batch_norm="micro_batch")
-        self._by_size = {size: RunningVariance() for size in sizes}
-        self._native = RunningVariance() if native else None
-        self._largest_difference = 0.0
-
-    def draw(self, indices: Sequence[int]) -> None:
-        """One more draw: the samples at `indices`."""
-        samples = take(self._task.train, indices)
-        vector, weight, start = torch.zeros(()), 0.0, 0
-        for size, variance in self._by_size.items():
-            part, part_weight = self._gradient(samples[start:size], self._micro_batch_size)
-            weight += part_weight
-            share = part_weight / weight if weight else 1.0
-            vector = vector + share * (part - vector)
-            variance.add(vector)
-            start = size
-        if self._native is not None:
-            in_one_piece, _ = self._gradient(samples, len(samples))
-            self._native.add(in_one_piece)
-            difference = float(torch.linalg.vector_norm(vector - in_one_piece) / torch.linalg.vector_norm(in_one_piece))
-            self._largest_difference = max(self._largest_difference, difference)
-
-    def statistics(self) -> GradientStatistics:
-        """What the draws so far say."""
-        largest = list(self._by_size.values())[-1]
-        return GradientStatistics(
-            by_size={size: variance.trace for size, variance in self._by_size.items()},
-            native=None if self._native is None else self._native.trace,
-            gradient_squared=largest.mean_squared,
-            largest_difference=None if self._native is None else self._largest_difference,
-        )
-
-    def _gradient(self, samples: Sequence[Any], micro_batch_size: int) -> tuple[Tensor, float]:
-        """The gradient of the mean loss over the samples, shape (P,), and the loss weight that it is a mean over."""
-        report = self._accumulator.run(window_of(self._task, samples, micro_batch_size))
-        parts = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in self._parameters]
-        for p in self._parameters:
-            p.grad = None
-        return torch.cat(parts), float(torch.as_tensor(report.loss_weight))
-
-
-def sizes_between(smallest: int, largest: int) -> list[int]:
-    """From the smallest update to the largest by doubling: the sizes at which the variance is measured.
-
-    >>> sizes_between(16, 128), sizes_between(10, 64), sizes_between(8, 8)
-    ([16, 32, 64, 128], [10, 20, 40, 64], [8])
-    """
-    sizes = [smallest]
-    while 2 * sizes[-1] < largest:
-        sizes.append(2 * sizes[-1])
-    return [*sizes, largest] if largest > smallest else [smallest]

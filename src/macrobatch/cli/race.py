@@ -12,11 +12,15 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from macrobatch import Accumulator, GradientNoiseScale, Window, apply_update
-from macrobatch.cli.comparison import Course, NoisePoint, Way
+from macrobatch import GradientNoiseScale, Window, apply_update
+from macrobatch.cli.comparison import Course, NoisePoint
+from macrobatch.cli.learner import accumulator_of
 from macrobatch.cli.measure import window_of
 from macrobatch.cli.sampling import UpdateIndices, take
 from macrobatch.cli.validation import Validation, validate
+from macrobatch.cli.way import Way, learned
+from macrobatch.cli.workload import Workload
+from macrobatch.measuring import Measure
 from macrobatch.tasks import Task
 
 
@@ -41,9 +45,8 @@ class Racer:
         self._optimizer = task.make_optimizer(self.model, learning_rate)
         self._scheduler = None if prepare is None else prepare(self._optimizer)
         self._noise, self._noise_points = noise, list[NoisePoint]()
-        self._accumulator = Accumulator(
-            self.model, task.loss_fn, batch_norm="micro_batch", measure=None if noise is None else "norms"
-        )
+        measure: Measure | None = None if noise is None else "norms"
+        self._accumulator = accumulator_of(learned(task, way), self.model, measure=measure)
         self._seen = self._skipped = 0
         self._losses: list[tuple[int, float]] = []
         self._validation_losses: list[tuple[int, float]] = []
@@ -110,29 +113,29 @@ def race(
     racers: Sequence[Racer],
     indices: UpdateIndices,
     validation: Sequence[Any],
-    validation_work: float,
+    workload: Workload,
     points: Collection[int],
     advance: Callable[[float, str], None],
 ) -> None:
     """Every racer has learned from every sample, an effective batch each in turn, and been validated at `points`.
 
     `points`: counts of effective batches. `advance(work, text)` is told of each piece of work, counted in samples
-    forward and backward, of which a validation is `validation_work`.
+    forward and backward as `workload` does.
     """
     count = len(indices)
     for racer in racers:
         racer.validate_on(validation, with_metrics=False)
-        advance(validation_work, f"validating: {racer.way.name}")
+        advance(workload.validation, f"validating: {racer.way.name}")
     for number, batch in enumerate(indices, 1):
         samples = take(racers[0].task.train, batch)
         # Each goes first in its turn, so that a machine that slows down or speeds up does so for all alike.
         for racer in [*racers[number % len(racers) :], *racers[: number % len(racers)]]:
             racer.train_on(samples)
-            advance(len(batch), f"training: {racer.way.name}")
+            advance(workload.update(racer.way, len(batch)), f"training: {racer.way.name}")
         if number in points:
             for racer in racers:
                 racer.validate_on(validation, with_metrics=number == count)
-                advance(validation_work, f"validating: {racer.way.name}")
+                advance(workload.validation, f"validating: {racer.way.name}")
 
 
 def validation_points(count: int) -> set[int]:

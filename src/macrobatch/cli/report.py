@@ -11,11 +11,12 @@ from rich.table import Table
 
 import macrobatch
 from macrobatch.batch_tradeoff import in_samples
-from macrobatch.cli.comparison import Comparison, Course, Key, Result
+from macrobatch.cli.comparison import Comparison, Course, Result
 from macrobatch.cli.figures import inline_svg, plots_of
-from macrobatch.cli.finding import Finding, is_clear
+from macrobatch.cli.finding import Finding, accumulation, is_clear
 from macrobatch.cli.formats import NONE, bytes_text, number_text, seconds_text, with_error
 from macrobatch.cli.seeds import interval_of
+from macrobatch.cli.way import Key
 
 Row = tuple[str, Callable[[Comparison, Result], str]]
 
@@ -82,29 +83,54 @@ def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
         ("time per update", _of_course(lambda course: seconds_text(course.seconds_per_update))),
         ("samples per second", _of_course(lambda course: f"{course.samples_per_second:,.0f}")),
         ("gradient variance", _variance),
-        ("expected by 1/B", _expected_variance),
-        ("noise scale, 95%", _noise_scale),
-        ("validation loss", _of_course(lambda course: f"{course.final.loss:.4f}")),
     ]
-    table += [(name, _of_course(_metric(name))) for name in _metric_names(comparison)]
+    if comparison.is_coupled:
+        table.append((f"gradient off {_reference(comparison)}", _off))
+    else:
+        table += [("expected by 1/B", _expected_variance), ("noise scale, 95%", _noise_scale)]
+    table.append(("validation loss", _of_course(lambda course: f"{course.final.loss:.4f}")))
+    table += [(name, _of_course(_metric(name))) for name in comparison.metric_names]
+    table += _rows_of_the_end(comparison)
+    return [(label, [text(comparison, result) for result in comparison.results.values()]) for label, text in table]
+
+
+def _rows_of_the_end(comparison: Comparison) -> list[Row]:
+    """Sharpness, other seeds and skipped updates, where there are any."""
+    table: list[Row] = []
     if comparison.sharpness_samples:
         table.append(("sharpness", lambda _, result: number_text(result.sharpness.top if result.sharpness else None)))
     if comparison.repeats:
         seeds = f"{1 + len(comparison.repeats)} seeds, 95%"
         table.append((f"loss, {seeds}", _over_seeds(Comparison.losses)))
-        table.append((f"sharpness, {seeds}", _over_seeds(Comparison.sharpnesses)))
+        if comparison.is_coupled:
+            table += [(f"{name}, {seeds}", _over_seeds(_metric_over_seeds(name))) for name in comparison.metric_names]
+        else:
+            table.append((f"sharpness, {seeds}", _over_seeds(Comparison.sharpnesses)))
     if any(result.course and result.course.skipped for result in comparison.results.values()):
         table.append(("updates skipped", _of_course(lambda course: str(course.skipped))))
-    return [(label, [text(comparison, result) for result in comparison.results.values()]) for label, text in table]
+    return table
+
+
+def _reference(comparison: Comparison) -> str:
+    return "gathered" if comparison.gradient_difference is None else "native"
+
+
+def _off(comparison: Comparison, result: Result) -> str:
+    """How far a gradient is from that of the native batch, or of gathered accumulation where there is none."""
+    if result.way.key == "plain" and comparison.plain_gradient is not None:
+        found = comparison.plain_gradient.difference
+        return with_error(found.value, found.standard_error)
+    if result.way.key == "accumulated" and comparison.gradient_difference is not None:
+        return f"{comparison.gradient_difference:.1g}"
+    return NONE
 
 
 def _metric(name: str) -> Callable[[Course], str]:
     return lambda course: number_text(course.final.metrics[name], 4)
 
 
-def _metric_names(comparison: Comparison) -> Sequence[str]:
-    courses = [result.course for result in comparison.results.values() if result.course is not None]
-    return list(courses[0].final.metrics) if courses else []
+def _metric_over_seeds(name: str) -> Callable[[Comparison, Key], list[float]]:
+    return lambda comparison, key: comparison.metrics(name, key)
 
 
 def terminal_table(comparison: Comparison) -> Table:
@@ -112,7 +138,8 @@ def terminal_table(comparison: Comparison) -> Table:
     table = Table(title=f"{comparison.task}: {comparison.samples:,} samples", box=SIMPLE_HEAD, padding=0)
     table.add_column("", no_wrap=True)
     for result in comparison.results.values():
-        table.add_column(result.way.name, justify="right")
+        name = result.way.name
+        table.add_column(name.replace("accumulation", "accum.") if comparison.is_coupled else name, justify="right")
     for label, values in rows(comparison):
         table.add_row(label, *values)
     return table
@@ -131,6 +158,7 @@ def page(comparison: Comparison, findings: Sequence[Finding]) -> str:
         "rows": rows(comparison),
         "figures": [(plot.caption, inline_svg(plot, comparison)) for plot in plots_of(comparison)],
         "budget": None if comparison.max_memory is None else bytes_text(comparison.max_memory),
+        "accumulation": accumulation(comparison).lower(),
         "version": macrobatch.__version__,
     }
     return environment.from_string(source).render(content)

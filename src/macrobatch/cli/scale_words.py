@@ -3,10 +3,11 @@
 import math
 
 from macrobatch.batch_tradeoff import gain, in_samples
-from macrobatch.cli.comparison import Comparison, Key
+from macrobatch.cli.comparison import Comparison
 from macrobatch.cli.finding import EQUAL_LOSS, Finding, course_of, is_clear, loss_difference, seed_difference
 from macrobatch.cli.formats import counted, number_text, with_error
 from macrobatch.cli.seeds import interval_of
+from macrobatch.cli.way import Key
 
 
 # ------------------------------------------------------------------------------------------------ the scaled rate
@@ -27,7 +28,7 @@ def scaled_rate(comparison: Comparison) -> Finding | None:
         f"{scaling.from_batch_size} to {comparison.learning_rate * scaling.lr_factor:.3g} for {scaling.to_batch_size}; "
         f"{counted(scaling.warmup_updates, 'update')} of warmup. "
     )
-    caveats = "".join(f" Caution: {caveat}." for caveat in scaling.caveats)
+    caveats = "".join(f" Caution: {caveat}." for caveat in [*scaling.caveats, *_of_coupled(comparison)])
     if scaled.skipped or not all(map(math.isfinite, comparison.losses("scaled"))):
         what = "its loss is not finite"
         if scaled.skipped:
@@ -41,6 +42,11 @@ def scaled_rate(comparison: Comparison) -> Finding | None:
     )
     title, reason = _verdict(comparison, difference.sign)
     return Finding(title, f"{rates}{losses}{reason}{caveats}")
+
+
+def _of_coupled(comparison: Comparison) -> list[str]:
+    of_means = "rules are derived for losses that are means over samples; this one changes with the batch"
+    return [of_means] if comparison.is_coupled else []
 
 
 def _verdict(comparison: Comparison, sign: int) -> tuple[str, str]:
@@ -76,6 +82,8 @@ def _lead(comparison: Comparison) -> str:
 
 
 def _why_not(comparison: Comparison) -> str:
+    if comparison.is_coupled:
+        return "No rule knows the rate for a loss that changes with the batch."
     scale, large = comparison.noise_scale, comparison.batch_size
     if is_clear(comparison.gradient_squared) and scale.value + 2 * scale.standard_error < large:
         return (

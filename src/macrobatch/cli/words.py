@@ -1,7 +1,8 @@
 """The reading of a comparison in words, every one of them drawn from the numbers and their uncertainty."""
 
+from macrobatch.cli import coupled_words
 from macrobatch.cli.comparison import Comparison, Estimate, ratio_of, time_ratio
-from macrobatch.cli.finding import CLEAR, EQUAL_LOSS, Finding, course_of, is_clear, loss_difference
+from macrobatch.cli.finding import CLEAR, EQUAL_LOSS, Finding, accumulation, course_of, is_clear, loss_difference
 from macrobatch.cli.formats import bytes_text, number_text, seconds_text, with_error
 from macrobatch.cli.scale_words import noise, scaled_rate, sharpness
 
@@ -11,8 +12,13 @@ WIDE = 0.15  # a time ratio whose uncertainty is larger, relative to it, says no
 
 def findings(comparison: Comparison) -> list[Finding]:
     """What the comparison says: accumulation and native, what it buys, why, the learning rate, minima, and speed."""
-    parts = [equality(comparison), memory(comparison), variance(comparison), small_batch(comparison)]
-    parts += [scaled_rate(comparison), noise(comparison), sharpness(comparison), speed(comparison)]
+    if comparison.is_coupled:
+        parts = [equality(comparison), coupled_words.plain_accumulation(comparison), memory(comparison)]
+        parts += [coupled_words.small_batch(comparison), scaled_rate(comparison), coupled_words.variance(comparison)]
+        parts += [speed(comparison), coupled_words.not_measured(comparison)]
+    else:
+        parts = [equality(comparison), memory(comparison), variance(comparison), small_batch(comparison)]
+        parts += [scaled_rate(comparison), noise(comparison), sharpness(comparison), speed(comparison)]
     return [part for part in parts if part is not None]
 
 
@@ -27,7 +33,7 @@ def equality(comparison: Comparison) -> Finding | None:
     losses = (
         f"After {comparison.samples:,} samples their validation losses are {accumulated.final.loss:.4f} and "
         f"{native.final.loss:.4f}, {number_text(abs(difference), 2)} apart; the largest difference on the way was "
-        f"{number_text(along, 2)}."
+        f"{number_text(along, 2)}.{coupled_words.metrics_of_native(comparison) if comparison.is_coupled else ''}"
     )
     gradients = (
         ""
@@ -40,10 +46,11 @@ def equality(comparison: Comparison) -> Finding | None:
             " It is the same update, computed in pieces: it cannot learn better or worse, "
             "it only needs other memory and time."
         )
-        return Finding("Accumulation equals the native large batch; it does not beat it", losses + gradients + reason)
-    which = "lower" if difference < 0 else "higher"
+        title = f"{accumulation(comparison)} equals the native large batch; it does not beat it"
+        return Finding(title, losses + gradients + reason)
+    is_off = f"its loss is {abs(difference):.3f} {'lower' if difference < 0 else 'higher'}"
     return Finding(
-        f"Accumulation did not equal the native large batch here: its loss is {abs(difference):.3f} {which}",
+        f"{accumulation(comparison)} did not equal the native large batch here: {is_off}",
         losses + gradients + _why_not_equal(comparison),
     )
 
@@ -57,6 +64,8 @@ def _why_not_equal(comparison: Comparison) -> str:
         )
     if comparison.gradient_difference is not None and comparison.gradient_difference < 1e-4:
         return " The gradients agree, so rounding has grown along the way: a sign that this training is not stable."
+    if comparison.is_coupled:
+        return " Something in the model or the loss is random, or depends on how a batch is cut: look there first."
     return " The loss of this task is not a sum over samples, or something in it is random: look there first."
 
 
@@ -70,21 +79,24 @@ def memory(comparison: Comparison) -> Finding | None:
         at_least = "" if native.peak_bytes is None else f"; it needs {bytes_text(native.peak_bytes)} at least"
         budget = "the device" if comparison.max_memory is None else f"the budget of {bytes_text(comparison.max_memory)}"
         return Finding(
-            f"Accumulation trains a batch of {comparison.batch_size} where it does not fit",
+            f"{accumulation(comparison)} trains a batch of {comparison.batch_size} where it does not fit",
             f"In one piece {comparison.batch_size} samples do not fit into {budget}{at_least}. In micro-batches of "
             f"{comparison.micro_batch_size} the same update takes {needs}.{_predictions(comparison)}",
         )
     if native.peak_bytes is None:
         return None
     share = accumulated.peak_bytes / native.peak_bytes
+    beside = ", and the outputs of all" if comparison.is_coupled else ""
     parts = (
         f"The update of {comparison.batch_size} samples takes {needs} in micro-batches of "
         f"{comparison.micro_batch_size}, and {bytes_text(native.peak_bytes)} in one piece. Parameters, gradients and "
-        f"optimizer state are in both; activations are those of one micro-batch.{_predictions(comparison)}"
+        f"optimizer state are in both; activations are those of one micro-batch{beside}.{_predictions(comparison)}"
     )
     if share >= 0.95:
-        return Finding(f"Accumulation saved hardly any memory here: {share:.2f} of the native peak", parts)
-    return Finding(f"What accumulation buys is memory: {share:.2f} of the native peak", parts)
+        return Finding(
+            f"{accumulation(comparison)} saved hardly any memory here: {share:.2f} of the native peak", parts
+        )
+    return Finding(f"What {accumulation(comparison).lower()} buys is memory: {share:.2f} of the native peak", parts)
 
 
 def _predictions(comparison: Comparison) -> str:
@@ -175,7 +187,7 @@ def speed(comparison: Comparison) -> Finding | None:
     native = course_of(comparison, "native")
     if small is None or accumulated is None:
         return None
-    rates = f"{accumulated.samples_per_second:,.0f} samples per second by accumulation"
+    rates = f"{accumulated.samples_per_second:,.0f} samples per second by {accumulation(comparison).lower()}"
     others = [f"{small.samples_per_second:,.0f} by the small batch"]
     if native is not None:
         others.insert(0, f"{native.samples_per_second:,.0f} by the native large batch")
@@ -191,20 +203,22 @@ def speed(comparison: Comparison) -> Finding | None:
         f" Its time over that of the native batch is {measured} by pairs of effective batches and {of_medians:.2f} by "
         "the medians of the table."
     )
-    return _speed_finding(paired, of_medians, text)
+    if comparison.is_coupled:
+        text += " Gathered accumulation runs the forward of every micro-batch but the last a second time."
+    return _speed_finding(paired, of_medians, text, accumulation(comparison))
 
 
-def _speed_finding(paired: Estimate, of_medians: float, text: str) -> Finding:
+def _speed_finding(paired: Estimate, of_medians: float, text: str, name: str = "Accumulation") -> Finding:
     """Words that both estimates of the same ratio agree to, or none."""
     spread = CLEAR * paired.standard_error
     agree = abs(paired.value - of_medians) <= max(spread, EQUAL_TIME)
     if agree and spread <= EQUAL_TIME and max(abs(paired.value - 1), abs(of_medians - 1)) <= EQUAL_TIME:
-        return Finding("Accumulation and the native batch took the same time for the same samples", text)
+        return Finding(f"{name} and the native batch took the same time for the same samples", text)
     if agree and spread <= WIDE * paired.value and is_clear(paired, 1.0) and (paired.value > 1) == (of_medians > 1):
-        title = f"Accumulation took {paired.value:.2f} times as long as the native batch for the same samples"
+        title = f"{name} took {paired.value:.2f} times as long as the native batch for the same samples"
         return Finding(f"{title}, on this machine", text)
     return Finding(
-        "Timings on this machine were too noisy to compare accumulation and the native batch",
+        f"Timings on this machine were too noisy to compare {name.lower()} and the native batch",
         f"{text} Speeds in the table and the figures are no more certain than that; "
         "other programs at work, or too few samples, make them so.",
     )

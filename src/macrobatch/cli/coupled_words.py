@@ -1,0 +1,107 @@
+"""What a comparison says of a loss that compares the samples of an update, drawn from the numbers."""
+
+from macrobatch.cli.comparison import Comparison, ratio_of
+from macrobatch.cli.finding import Finding, course_of, is_clear, loss_difference, metrics_text
+from macrobatch.cli.formats import number_text, with_error
+
+
+def plain_accumulation(comparison: Comparison) -> Finding | None:
+    """That plain accumulation has another loss and gradient, and what came of it."""
+    plain, gathered = course_of(comparison, "plain"), course_of(comparison, "accumulated")
+    if plain is None or gathered is None:
+        return None
+    difference = loss_difference(comparison, "plain", "accumulated")
+    title = {
+        -1: "Plain accumulation optimises another loss; its held-out loss came out lower here",
+        0: "Plain accumulation optimises another loss; which one learned more, this comparison does not tell",
+        1: "Plain accumulation optimises another loss; its held-out loss came out higher here",
+    }[difference.sign]
+    small, large = comparison.micro_batch_size, comparison.batch_size
+    return Finding(
+        title,
+        f"It takes the mean of the losses of micro-batches, in each of which {small} samples are compared with one "
+        f"another; gathered accumulation compares the {large} of the whole update, as the native batch does."
+        f"{_gradient(comparison)} Held-out loss over {gathered.final.num_samples:,} samples at once after the same "
+        f"{comparison.samples:,}: {plain.final.loss:.4f} against {gathered.final.loss:.4f} (difference "
+        f"{difference.text}).{metrics_text(comparison, 'plain', 'accumulated')}",
+    )
+
+
+def _gradient(comparison: Comparison) -> str:
+    found = comparison.plain_gradient
+    if found is None:
+        return ""
+    right = (
+        ""
+        if comparison.gradient_difference is None
+        else f" Gathered accumulation differs from the native batch by at most {comparison.gradient_difference:.1g}."
+    )
+    return (
+        f" Where gathered accumulation ended, the gradient of plain accumulation is off by "
+        f"{with_error(found.difference.value, found.difference.standard_error)} of the right one's length for the same "
+        f"samples (cosine {with_error(found.cosine.value, found.cosine.standard_error)}).{right}"
+    )
+
+
+def small_batch(comparison: Comparison) -> Finding | None:
+    """What the small batch learned from the same samples, of which it compares few."""
+    small, large = course_of(comparison, "small"), course_of(comparison, "accumulated")
+    if small is None or large is None:
+        return None
+    difference = loss_difference(comparison, "small", "accumulated")
+    title = {
+        -1: "From the same samples at the same learning rate, the small batch reached the lower held-out loss",
+        0: "From the same samples at the same learning rate, small and large batch are not clearly apart",
+        1: "From the same samples at the same learning rate, the large batch reached the lower held-out loss",
+    }[difference.sign]
+    return Finding(
+        title,
+        f"Small batch against gathered accumulation: held-out loss {small.final.loss:.4f} against "
+        f"{large.final.loss:.4f} (difference {difference.text}).{metrics_text(comparison, 'small', 'accumulated')} It "
+        f"made {len(small.update_seconds):,} updates for {len(large.update_seconds):,}, each of a loss that compares "
+        f"{comparison.micro_batch_size} samples instead of {comparison.batch_size}. The two differ in their loss, in "
+        "their number of updates and in the rate that suits them; which of these it was, one rate does not tell.",
+    )
+
+
+def variance(comparison: Comparison) -> Finding | None:
+    """How the variance of the gradient goes with the batch, of which no law is claimed."""
+    base, size = comparison.micro_batch_size, comparison.batch_size
+    small, large = comparison.variances.get(base), comparison.variances.get(size)
+    plain = comparison.results["plain"].variance
+    if small is None or large is None or plain is None:
+        return None
+    measured, of_plain = ratio_of(large, small), ratio_of(plain, small)
+    expected = comparison.expected_variance_ratio(size, base)
+    agrees = "does not agree" if is_clear(of_plain, expected) else "agrees"
+    return Finding(
+        "One over the batch size is no law for the variance of this gradient",
+        f"From {base} to {size} samples it becomes {with_error(measured.value, measured.standard_error)} of what it "
+        f"was, by gathered accumulation. The law is one of means over independent parts, and so of plain accumulation: "
+        f"{with_error(of_plain.value, of_plain.standard_error)}, which {agrees} with {expected:.4f} "
+        f"(1/{size / base:.3g}, corrected for drawing without replacement from {comparison.data_size:,}). Where a "
+        "sample is compared with all others, a larger update has another loss, another mean gradient and another "
+        "variance: nothing is expected of it.",
+    )
+
+
+def not_measured(comparison: Comparison) -> Finding:
+    """Why there is no noise scale and no sharpness."""
+    return Finding(
+        "The gradient noise scale and the sharpness are left out for this loss",
+        "Both belong to a loss that is a mean over samples, each with a gradient of its own that does not depend on "
+        "the batch. Here the samples of an update are compared with one another: what is minimised is another function "
+        "at each batch size, so that neither says what a larger batch would be worth. Read the held-out metrics.",
+    )
+
+
+def metrics_of_native(comparison: Comparison) -> str:
+    """The metrics of accumulation and native batch side by side."""
+    accumulated, native = course_of(comparison, "accumulated"), course_of(comparison, "native")
+    if accumulated is None or native is None:
+        return ""
+    said = [
+        f"{name} {number_text(accumulated.final.metrics[name], 4)} and {number_text(native.final.metrics[name], 4)}"
+        for name in comparison.metric_names
+    ]
+    return f" {', '.join(said)}." if said else ""
