@@ -35,6 +35,7 @@ def _draw_time(axes: Axes, plan: Plan) -> None:
     axes.set_ylabel("time per sample")
     if not timed:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center")
+        axes.set_yticks([])
         return
     axes.plot([size for size, _ in timed], [seconds for _, seconds in timed], color=BLUE, marker="o")
     size, seconds = min(timed, key=lambda each: each[1])
