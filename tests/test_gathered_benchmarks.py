@@ -59,3 +59,45 @@ def test_the_benchmark_of_kept_graphs_counts_the_same_on_any_machine() -> None:
     case = module.Case(8, 32, 2, 32)
     bytes_ = module.peaks(case)
     check_peaks_and_errors(bytes_, module.errors(case))
+
+
+def check_intervals(summary: dict[str, Any]) -> None:
+    """Gathered and native cannot be told apart in any metric; nothing better is claimed than what the page says."""
+    for rows in summary.values():
+        _, low, high = rows["gathered 256 minus native 256"]
+        assert low <= 0 <= high
+
+
+def test_the_fine_tuned_encoder_is_as_the_page_says_with_intervals() -> None:
+    module, results, page = benchmark("embeddings"), kept("embeddings"), PAGE.read_text(encoding="utf-8")
+    assert {(run["way"], run["seed"]) for run in results["runs"]} == {(way, s) for way in module.WAYS for s in range(3)}
+    assert module.table(results) in page
+    assert module.differences(results) in page
+    assert all(error < 1e-4 for error in results["gradient error of the first updates"])
+    assert len(results["gradient error of the first updates"]) == 5
+    check_intervals(results["summary"])
+    places = {(run["way"], run["seed"]): run["places"] for run in results["runs"]}
+    assert all(places["gathered 256", seed] == places["native 256", seed] for seed in range(3))
+    assert results["seconds"] <= 45 * 60
+    within = results["within a budget"]
+    assert within["gathered 256"] == "5 updates, 0 retries"
+    assert within["native 64"] == "out of memory after 0 updates"
+    for name, peak in within["peak MB"].items():
+        assert f"| {peak} |" in page, name
+
+
+def test_the_bootstrap_finds_a_difference_that_is_there_and_none_that_is_not() -> None:
+    module, generator = benchmark("embeddings"), torch.Generator().manual_seed(0)
+    before = torch.randint(1, 20, (400,), generator=generator).tolist()
+    runs = [
+        {"way": way, "seed": seed, "places": [max(1, p - gain) for p in before]}
+        for way, gain in (("gathered 256", 3), ("native 256", 3), ("accumulated 256", 0))
+        for seed in range(3)
+    ]
+    found = module.summary(before, runs)["recall@1"]
+    assert found["gathered 256 minus native 256"] == [0, 0, 0]
+    difference, low, high = found["gathered 256 minus accumulated 256"]
+    expected = sum(p in (2, 3, 4) for p in before) / len(before)
+    assert difference == pytest.approx(expected, abs=1e-4)
+    standard_error = (expected * (1 - expected) / len(before)) ** 0.5
+    assert (high - low) / 2 == pytest.approx(1.96 * standard_error, rel=0.1)
