@@ -535,6 +535,22 @@ def test_with_a_budget_as_many_graphs_are_kept_as_it_has_room_for() -> None:
         training("auto", max_memory=peaks[0] - 100_000)
 
 
+def test_a_loss_that_runs_out_of_memory_while_it_is_measured_is_an_error_not_a_small_loss() -> None:
+    model, x = deep(), torch.randn(512, 64, dtype=torch.float64)
+    accumulator = mb.GatheredAccumulator(
+        model, lambda m, part: m(part), spread, micro_batch_size=16, max_memory="100MB"
+    )
+    matrix = 512 * 512 * 8
+    with (
+        mb.memory_limit(matrix // 2),
+        pytest.raises(torch.OutOfMemoryError, match=r"the loss over 512 samples does not fit: .*RowBlocks"),
+    ):
+        accumulator.run(x)
+    assert all(p.grad is None for p in model.parameters())
+    accumulator.run(x)  # where there is room, the same accumulator goes on
+    assert accumulator.keep_graphs > 1
+
+
 def test_the_micro_batch_is_found_within_what_the_outputs_leave_of_the_budget() -> None:
     budget = training(1, size=32)[0] + 100_000
     peak, accumulator, _ = training("auto", size="auto", max_memory=budget)

@@ -23,6 +23,9 @@ from macrobatch.storages import format_bytes
 from macrobatch.structure import Nested
 from macrobatch.substitution import held_tensors
 
+ADVICE = (
+    "What would help: the same loss in blocks (RowBlocks(loss_fn, rows=...)), outputs of fewer dimensions, more memory"
+)
 SAMPLES = 8  # whose outputs stand for all, where the loss is measured
 
 
@@ -60,8 +63,7 @@ class Needs:
         if self.loss > room_for_loss:
             raise ValueError(
                 f"max_memory={format_bytes(self.account.max_bytes)} leaves {format_bytes(max(room_for_loss, 0))} for "
-                f"the loss over all outputs, which takes {format_bytes(self.loss)}. What would help: the same loss in "
-                "blocks (RowBlocks(loss_fn, rows=...)), outputs of fewer dimensions, a larger budget"
+                f"the loss over all outputs, which takes {format_bytes(self.loss)}. {ADVICE}"
             )
         beside_loss = (room_for_loss - self.loss) // graph
         beside_backward = 1 + (room - self.outputs - trace.activations) // graph
@@ -80,7 +82,7 @@ def needs_of(
     """What `window`, of an effective batch of `num_samples`, needs within `max_memory`.
 
     Runs the loss once, forward and backward, on the outputs of `sample`, a micro-batch and its size, again and again.
-    The model is left as it was.
+    The model is left as it was. torch.OutOfMemoryError if the loss does not fit into what there is.
     """
     stage, (micro_batch, n) = rehearsal.stage, sample
     with stage.copies() as parameters, torch.enable_grad():
@@ -90,7 +92,9 @@ def needs_of(
             live = meter.live
             outputs = _repeated(part, num_samples)
             output_bytes = sum(row.nbytes for row in outputs.rows)
-            WindowLoss(encoder, loss_fn, Learned(), parameters, Ranks(None)).backward(window, outputs)
+            message = WindowLoss(encoder, loss_fn, Learned(), parameters, Ranks(None)).backward(window, outputs)
+            if message is not None:  # what was measured is only a part of it
+                raise torch.OutOfMemoryError(f"the loss over {num_samples} samples does not fit: {message}. {ADVICE}")
         loss_bytes = meter.peak - live
     held = sum(tensor.nbytes for tensor in held_tensors(stage.modules))
     max_bytes = budget_bytes(max_memory, rehearsal.device, held)
