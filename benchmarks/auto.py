@@ -5,27 +5,16 @@ the largest that fits, and the sizes between), interleaved, in one run. Reported
 of the best fixed size, medians over rounds.
 """
 
-import argparse
 import json
-import platform
-import random
 import statistics
-import time
-from pathlib import Path
+from functools import partial
 
 import torch
+from common import in_turns, machine, parsed, parser, write
 from overhead import small_transformer, tiny_mlp
 from torch.nn import functional as F
 
 import macrobatch as mb
-
-
-def seconds(accumulator: mb.Accumulator, model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """The time of one window."""
-    model.zero_grad()
-    start = time.perf_counter()
-    accumulator.run(batch)
-    return time.perf_counter() - start
 
 
 def loss_fn(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -42,7 +31,8 @@ def measure(case: object, samples: int, max_memory: str, rounds: int) -> dict[st
     auto = mb.Accumulator(model, loss_fn, micro_batch_size="auto", max_memory=max_memory)
     windows = 0
     while windows < 40 and not auto._limit.is_found:  # type: ignore[union-attr]
-        seconds(auto, model, batch)
+        model.zero_grad()
+        auto.run(batch)
         windows += 1
     largest = mb.plan(
         model, loss_fn, batch, batch_size=samples, max_memory=max_memory, measure_speed=False
@@ -50,13 +40,9 @@ def measure(case: object, samples: int, max_memory: str, rounds: int) -> dict[st
     found = auto.micro_batch_size
     sizes = sorted({max(1, round(largest / 2 ** (power / 2))) for power in range(13)} | {found})
     fixed = {size: mb.Accumulator(model, loss_fn, micro_batch_size=size) for size in sizes if size}
-    times: dict[int, list[float]] = {size: [] for size in fixed}
-    for round_ in range(-1, rounds):
-        for size in random.sample(list(fixed), len(fixed)):
-            took = seconds(fixed[size], model, batch)
-            if round_ >= 0:
-                times[size].append(took)
-    medians = {size: statistics.median(values) for size, values in times.items()}
+    ways = {str(size): partial(accumulator.run, batch) for size, accumulator in fixed.items()}
+    times = in_turns(ways, rounds, before=model.zero_grad)
+    medians = {size: statistics.median(times[str(size)]) for size in fixed}
     best = min(medians, key=lambda size: medians[size])
     return {
         "largest that fits": largest,
@@ -70,22 +56,12 @@ def measure(case: object, samples: int, max_memory: str, rounds: int) -> dict[st
 
 def main() -> None:
     """Measure both cases, print them, and write them if --output says where."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    results: dict[str, object] = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, macrobatch {mb.__version__}",
-    }
+    arguments = parsed(parser(__doc__, rounds=15))
+    results = machine()
     for case, samples, max_memory in ((tiny_mlp, 4096, "30MB"), (small_transformer, 256, "60MB")):
         results[case.__name__] = measure(case, samples, max_memory, arguments.rounds)
         print(case.__name__, json.dumps(results[case.__name__], indent=1))
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+    write(results, arguments.output)
 
 
 if __name__ == "__main__":

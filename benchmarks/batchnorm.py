@@ -14,24 +14,19 @@ of the ratio to the micro-batches of the same round, with quartiles. Results wit
 benchmarks/results/batchnorm.json, from which the table in docs/batchnorm.md is made.
 """
 
-import argparse
-import json
-import platform
 import random
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from common import in_turns, machine, parsed, parser, quartiles, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import macrobatch as mb
 
 K = 8
-ROOT = Path(__file__).parents[1]
 Batch = tuple[Tensor, Tensor]
 
 
@@ -111,19 +106,6 @@ def peaks(model: nn.Module, all_of_them: list[Contestant]) -> dict[str, dict[str
     return found
 
 
-def times(model: nn.Module, all_of_them: list[Contestant], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each in each round."""
-    seconds: dict[str, list[float]] = {c.name: [] for c in all_of_them}
-    for round_ in range(-1, rounds):
-        for contestant in random.sample(all_of_them, len(all_of_them)):
-            model.zero_grad()
-            start = time.perf_counter()
-            contestant.run()
-            if round_ >= 0:
-                seconds[contestant.name].append(time.perf_counter() - start)
-    return seconds
-
-
 def measure(batch_size: int, width: int, side: int, rounds: int) -> list[dict[str, object]]:
     """One row for each contestant."""
     torch.manual_seed(0)
@@ -131,18 +113,17 @@ def measure(batch_size: int, width: int, side: int, rounds: int) -> list[dict[st
     model = resnet20(width)
     batch = torch.randn(batch_size, 3, side, side), torch.randint(0, 10, (batch_size,))
     all_of_them = contestants(model, batch)
-    memory, seconds = peaks(model, all_of_them), times(model, all_of_them, rounds)
+    memory = peaks(model, all_of_them)
+    seconds = in_turns({c.name: c.run for c in all_of_them}, rounds, before=model.zero_grad)
     native, rows = memory["full batch"]["peak"], []
     for name, measured in memory.items():
-        ratios = [mine / theirs for mine, theirs in zip(seconds[name], seconds["micro-batches"], strict=True)]
-        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         rows.append(
             {
                 "name": name,
                 "peak": measured["peak"],
                 "peak of full batch": round(measured["peak"] / native, 3),
                 "host": measured["host"],
-                "time": [round(q, 3) for q in quartiles],
+                "time": quartiles(seconds[name], seconds["micro-batches"]),
                 "seconds": round(statistics.median(seconds[name]), 3),
             }
         )
@@ -162,27 +143,11 @@ def table(rows: list[dict[str, object]]) -> str:
 
 def main() -> None:
     """Measure, print the table, and write the rows with machine and versions if --output says where."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--side", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parsed(parser(__doc__, batch_size=128, width=16, side=32, rounds=15))
     rows = measure(arguments.batch_size, arguments.width, arguments.side, arguments.rounds)
     print(table(rows))
-    if arguments.output:
-        results = {
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
-            "versions": f"Python {platform.python_version()}, torch {torch.__version__}, macrobatch {mb.__version__}",
-            "model": f"ResNet-20, width {arguments.width}, {arguments.batch_size} x 3 x {arguments.side}^2, float32",
-            "rounds": arguments.rounds,
-            "rows": rows,
-        }
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+    model = f"ResNet-20, width {arguments.width}, {arguments.batch_size} x 3 x {arguments.side}^2, float32"
+    write(machine() | {"model": model, "rounds": arguments.rounds, "rows": rows}, arguments.output)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,12 @@ medians over rounds, quartiles of the ratio to the expectation, peaks of memory 
 error of the gradient against the full batch. Results with machine and versions: benchmarks/results/.
 """
 
-import argparse
-import json
-import platform
-import random
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import in_turns, machine, parsed, parser, quartiles, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -136,20 +131,6 @@ class Case:
         return ways
 
 
-def seconds(case: Case, rounds: int) -> dict[str, list[float]]:
-    """For each contestant the seconds of each round."""
-    ways = case.contestants()
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for round_ in range(-2, rounds):
-        for name in random.sample(sorted(ways), len(ways)):
-            case.model.zero_grad()
-            start = time.perf_counter()
-            ways[name]()
-            if round_ >= 0:
-                taken[name].append(time.perf_counter() - start)
-    return taken
-
-
 def peaks(case: Case) -> dict[str, int]:
     """For each contestant the bytes at its peak, parameters and gradients included."""
     found = {}
@@ -177,11 +158,10 @@ def errors(case: Case) -> dict[str, float]:
     return found
 
 
-def ratios(taken: dict[str, list[float]], m: int) -> list[float]:
+def of_expected(taken: dict[str, list[float]], m: int) -> list[float]:
     """Quartiles over rounds of the time with m graphs over what it should take."""
-    columns = zip(taken["forward-backwards"], taken["forwards"], taken["loss"], taken[f"m = {m}"], strict=True)
-    quotients = [mine / (both + (K - m) / K * forward + loss) for both, forward, loss, mine in columns]
-    return [round(q, 4) for q in statistics.quantiles(quotients, n=4)]
+    columns = zip(taken["forward-backwards"], taken["forwards"], taken["loss"], strict=True)
+    return quartiles(taken[f"m = {m}"], [both + (K - m) / K * forward + loss for both, forward, loss in columns])
 
 
 ROWS = {"full batch": "full batch", "plain accumulation (wrong)": "plain accumulation"}
@@ -203,39 +183,22 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, print, and write with machine and versions if --output says where."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--micro-batch-size", type=int, default=16)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--length", type=int, default=48)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parsed(parser(__doc__, rounds=40, micro_batch_size=16, width=64, layers=2, length=48))
     case = Case(arguments.micro_batch_size, arguments.width, arguments.layers, arguments.length)
-    taken, bytes_ = seconds(case, arguments.rounds), peaks(case)
-    results: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, macrobatch {mb.__version__}",
+    taken = in_turns(case.contestants(), arguments.rounds, before=case.model.zero_grad, warmup=2)
+    bytes_ = peaks(case)
+    results = machine() | {
         "case": {key: value for key, value in vars(arguments).items() if key != "output"} | {"K": K},
         "milliseconds": {name: round(statistics.median(s) * 1e3, 2) for name, s in taken.items()},
-        "over the expected time": {f"m = {m}": ratios(taken, m) for m in KEEPS},
-        "over by hand": {
-            f"m = {m}": round(
-                statistics.median(a / b for a, b in zip(taken[f"m = {m}"], taken["by hand"], strict=True)), 4
-            )
-            for m in KEEPS
-        },
+        "over the expected time": {f"m = {m}": of_expected(taken, m) for m in KEEPS},
+        "over by hand": {f"m = {m}": quartiles(taken[f"m = {m}"], taken["by hand"])[1] for m in KEEPS},
         "peak MB": {name: round(num_bytes / 1e6, 3) for name, num_bytes in bytes_.items()},
         "gradient error": {name: float(f"{error:.2g}") for name, error in errors(case).items()},
     }
     for name, value in results.items():
         print(f"{name}: {value}")
     print(table(results))
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+    write(results, arguments.output)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,12 @@ order drawn anew for each round; the ratio to `measure=None` of the same round, 
 noise scale and 95% interval of each. Results with machine and versions: benchmarks/results/.
 """
 
-import argparse
 import json
-import platform
-import random
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from common import in_turns, machine, parsed, parser, quartiles, write
 from overhead import K, SmallTransformer, keep_memory, small_transformer
 from torch import nn
 from torch.nn import functional as F
@@ -57,20 +53,10 @@ def cost(rounds: int) -> dict[str, object]:
         "norms": contestant(model, batch, "norms"),
         "squares": contestant(model, batch, "squares"),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for round_ in range(-5, rounds):
-        for name in random.sample(sorted(contestants), len(contestants)):
-            model.zero_grad()
-            start = time.perf_counter()
-            contestants[name]()
-            if round_ >= 0:
-                seconds[name].append(time.perf_counter() - start)
+    seconds = in_turns(contestants, rounds, before=model.zero_grad, warmup=5)
     base = seconds["none"]
     result: dict[str, object] = {"ms per micro-batch": round(statistics.median(base) / K * 1e3, 3)}
-    for name in ("none again", "norms", "squares"):
-        ratios = [mine / theirs for mine, theirs in zip(seconds[name], base, strict=True)]
-        result[name] = [round(q, 4) for q in statistics.quantiles(ratios, n=4)]
-    return result
+    return result | {name: quartiles(seconds[name], base) for name in ("none again", "norms", "squares")}
 
 
 def sequences(n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,17 +98,9 @@ def by_cut(num_windows: int) -> dict[str, object]:
 
 def main() -> None:
     """Measure both, print them, and write them with machine and versions if --output says where."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--windows", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    arguments = parsed(parser(__doc__, rounds=200, windows=40))
     keep_memory()
-    torch.set_num_threads(arguments.threads)
-    results: dict[str, object] = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, macrobatch {mb.__version__}",
+    results = machine() | {
         "K": K,
         "rounds": arguments.rounds,
         "cost": cost(arguments.rounds),
@@ -130,9 +108,7 @@ def main() -> None:
     }
     print("cost", results["cost"], "(quartiles of the ratio)")
     print("by cut", json.dumps(results["by cut"], indent=2))
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+    write(results, arguments.output)
 
 
 if __name__ == "__main__":

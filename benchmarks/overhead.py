@@ -12,19 +12,14 @@ otherwise page faults, which depend on what lies where in the heap, move every c
 Results with machine and versions: benchmarks/results/.
 """
 
-import argparse
-import json
 import os
-import platform
-import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
+from common import in_turns, machine, parsed, parser, quartiles, write
 from torch import nn
 from torch.nn import functional as F
 
@@ -103,22 +98,11 @@ def measure(case: Callable[[], tuple[nn.Module, tuple[torch.Tensor, torch.Tensor
         "hand-written again": hand_written(model, batch),
         "macrobatch": macrobatch(model, batch),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for round_ in range(-5, rounds):
-        for name in random.sample(sorted(contestants), len(contestants)):
-            for _ in range(2):  # the first is not timed: in training, a window follows one of its own kind
-                model.zero_grad()
-                start = time.perf_counter()
-                contestants[name]()
-                elapsed = time.perf_counter() - start
-            if round_ >= 0:
-                seconds[name].append(elapsed)
+    # Each runs twice and the first is not timed: in training, a window follows one of its own kind.
+    seconds = in_turns(contestants, rounds, before=model.zero_grad, warmup=5, untimed=1)
     base = seconds["hand-written"]
     result: dict[str, object] = {"ms per micro-batch": round(statistics.median(base) / K * 1e3, 3)}
-    for name in ("hand-written again", "macrobatch"):
-        ratios = [mine / theirs for mine, theirs in zip(seconds[name], base, strict=True)]
-        result[name] = [round(q, 4) for q in statistics.quantiles(ratios, n=4)]
-    return result
+    return result | {name: quartiles(seconds[name], base) for name in ("hand-written again", "macrobatch")}
 
 
 def keep_memory() -> None:
@@ -129,25 +113,13 @@ def keep_memory() -> None:
 
 def main() -> None:
     """Measure both cases, print them, and write them with machine and versions if --output says where."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    arguments = parsed(parser(__doc__, rounds=200))
     keep_memory()
-    torch.set_num_threads(arguments.threads)
-    results: dict[str, object] = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, macrobatch {mb.__version__}",
-        "K": K,
-        "rounds": arguments.rounds,
-    }
+    results = machine() | {"K": K, "rounds": arguments.rounds}
     for name, case in CASES.items():
         results[name] = measure(case, arguments.rounds)
         print(name, results[name], "(quartiles of the ratio)", flush=True)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+    write(results, arguments.output)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,6 @@ Each run is written when it ends and is not made again: what was stopped goes on
 tables and the words, which are drawn from the numbers. Results: benchmarks/results/scaling.json.
 """
 
-import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import kept_runs, make_missing, parsed, parser
 from torch.utils.data import DataLoader
 
 import macrobatch as mb
@@ -239,23 +237,12 @@ def report(found: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Make the runs that are missing, and print tables and words."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="at least 2: intervals are over seeds")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--report", action="store_true", help="print what there is, make no runs")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    found: dict[str, Any] = {"seeds": list(range(arguments.seeds)), "runs": {}}
-    if arguments.output.exists():
-        found["runs"] = json.loads(arguments.output.read_text())["runs"]
-    for case in () if arguments.report else cases(found["seeds"]):
-        if case.name not in found["runs"]:
-            found["runs"][case.name] = train(case)
-            found |= {"python": platform.python_version(), "torch": torch.__version__, "threads": arguments.threads}
-            arguments.output.parent.mkdir(exist_ok=True)
-            arguments.output.write_text(json.dumps(found, indent=1) + "\n")
-            print(f"{case.name}: {found['runs'][case.name]['validation_loss']:.4f}", flush=True)
+    command_line = parser(__doc__, output=RESULTS, seeds=len(SEEDS))  # at least 2 seeds: intervals are over them
+    command_line.add_argument("--report", action="store_true", help="print what there is, make no runs")
+    arguments = parsed(command_line)
+    found: dict[str, Any] = {"seeds": list(range(arguments.seeds)), "runs": kept_runs(arguments.output)}
+    by_name = {} if arguments.report else {case.name: case for case in cases(found["seeds"])}
+    make_missing(found, by_name, lambda name: train(by_name[name]), arguments.output)
     print(report(found))
 
 

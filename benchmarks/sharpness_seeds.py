@@ -9,15 +9,13 @@ Each run is written when it ends and is not made again. --report prints the tabl
 Results: benchmarks/results/sharpness_seeds.json.
 """
 
-import argparse
-import json
-import platform
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import kept_runs, make_missing, parsed, parser
 from torch.utils.data import DataLoader, default_collate
 
 import macrobatch as mb
@@ -135,25 +133,12 @@ def verdict(ones: Sequence[float], others: Sequence[float], name: str) -> str:
 
 def main() -> None:
     """Make the runs that are missing, and print table and words."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--seeds", type=int, default=6, help="2 to 10: intervals are over seeds")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--report", action="store_true", help="print what there is, make no runs")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    found: dict[str, Any] = {"seeds": list(range(arguments.seeds)), "runs": {}}
-    if arguments.output.exists():
-        found["runs"] = json.loads(arguments.output.read_text())["runs"]
-    for seed in () if arguments.report else found["seeds"]:
-        for way in WAYS:
-            name = f"{way}, seed {seed}"
-            if name not in found["runs"]:
-                found["runs"][name] = train(way, seed)
-                found |= {"python": platform.python_version(), "torch": torch.__version__, "threads": arguments.threads}
-                arguments.output.parent.mkdir(exist_ok=True)
-                arguments.output.write_text(json.dumps(found, indent=1) + "\n")
-                print(name, found["runs"][name], flush=True)
+    command_line = parser(__doc__, output=RESULTS, seeds=6)  # 2 to 10: intervals are over seeds
+    command_line.add_argument("--report", action="store_true", help="print what there is, make no runs")
+    arguments = parsed(command_line)
+    found: dict[str, Any] = {"seeds": list(range(arguments.seeds)), "runs": kept_runs(arguments.output)}
+    runs = {} if arguments.report else {f"{way}, seed {seed}": (way, seed) for seed in found["seeds"] for way in WAYS}
+    make_missing(found, runs, lambda name: train(*runs[name]), arguments.output)
     print(report(found))
 
 

@@ -13,9 +13,7 @@ Each run is written when it ends and is not made again. --report makes none.
 Results: benchmarks/results/spikes.json.
 """
 
-import argparse
 import json
-import platform
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import kept_runs, make_missing, parsed, parser
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -240,30 +239,24 @@ def make(name: str, lengths: Lengths, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Make the runs that are missing, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--forks", type=Path, default=Path(tempfile.gettempdir()) / "macrobatch-spikes")
-    parser.add_argument("--seeds", type=int, default=len(SEEDS))
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--report", action="store_true", help="print what there is, make no runs")
-    for name in ("clean", "end", "event", "lead"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(Lengths(), name))
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    command_line = parser(
+        __doc__,
+        output=RESULTS,
+        seeds=len(SEEDS),
+        **{name: getattr(Lengths(), name) for name in ("clean", "end", "event", "lead")},
+    )
+    command_line.add_argument("--forks", type=Path, default=Path(tempfile.gettempdir()) / "macrobatch-spikes")
+    command_line.add_argument("--report", action="store_true", help="print what there is, make no runs")
+    arguments = parsed(command_line)
     lengths = Lengths(arguments.clean, arguments.end, arguments.event, arguments.lead)
-    found: dict[str, Any] = {"seeds": list(range(arguments.seeds)), "lengths": vars(lengths), "runs": {}}
+    found: dict[str, Any] = {"seeds": list(range(arguments.seeds)), "lengths": vars(lengths)}
     if arguments.output.exists():
-        kept = json.loads(arguments.output.read_text())
-        if kept["lengths"] != found["lengths"]:
-            parser.error(f"{arguments.output} holds runs of other lengths, {kept['lengths']}: give another --output")
-        found["runs"] = kept["runs"]
-    for name in [] if arguments.report else names(found["seeds"]):
-        if name not in found["runs"]:
-            found["runs"][name] = make(name, lengths, arguments.forks)
-            found |= {"python": platform.python_version(), "torch": torch.__version__, "threads": arguments.threads}
-            arguments.output.parent.mkdir(exist_ok=True)
-            arguments.output.write_text(json.dumps(found, indent=1) + "\n")
-            print(f"{name}: {found['runs'][name]['validation_loss']:.4f}", flush=True)
+        of_kept = json.loads(arguments.output.read_text(encoding="utf-8"))["lengths"]
+        if of_kept != found["lengths"]:
+            command_line.error(f"{arguments.output} holds runs of other lengths, {of_kept}: give another --output")
+    found["runs"] = kept_runs(arguments.output)
+    missing = [] if arguments.report else names(found["seeds"])
+    make_missing(found, missing, lambda name: make(name, lengths, arguments.forks), arguments.output)
     print(table(found["runs"], found["seeds"]))
 
 

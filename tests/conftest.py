@@ -1,13 +1,16 @@
 """Every test starts from the same seed, on one thread, in float32, and leaves no trace of having run."""
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # plots are drawn into files; no test opens a window
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for child processes
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # they import one another, as scripts do
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 

@@ -1,6 +1,8 @@
 """What several test files share: brute force in one piece, and the textbook loop that most people write."""
 
+import importlib
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -50,3 +52,8 @@ def textbook(
     result = gradients(modules)
     clear(modules)
     return result
+
+
+def benchmark(name: str) -> ModuleType:
+    """benchmarks/<name>.py; its folder is importable, as when it runs as a script (see conftest.py)."""
+    return importlib.import_module(name)

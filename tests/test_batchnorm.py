@@ -1,18 +1,15 @@
 """Layers that couple samples are found and told; converted layers do not couple; pooled statistics are the window's."""
 
 import copy
-import importlib.util
 import json
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from helpers import difference, gradients, reference
+from helpers import benchmark, difference, gradients, reference
 from norm_models import CASES, Convolutional, Pair, Residual, Twice, batch_of, cut, flat, loss_sum
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -366,17 +363,6 @@ def test_momenta_that_are_none_are_refused() -> None:
 # ---- the benchmark
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_batchnorm", ROOT / "benchmarks" / "batchnorm.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks itself up there
-    spec.loader.exec_module(module)
-    return module
-
-
 def check_memory(rows: list[dict[str, Any]]) -> None:
     """Lockstep at K = 8 is far below the full batch, whose saved tensors lie on the host instead."""
     by_name = {row["name"]: row for row in rows}
@@ -385,15 +371,16 @@ def check_memory(rows: list[dict[str, Any]]) -> None:
     assert by_name["micro-batches"]["host"] == by_name["full batch"]["host"] == 0
 
 
-def test_the_benchmark_runs_and_memory_is_as_claimed(benchmark: ModuleType) -> None:
-    rows = benchmark.measure(batch_size=32, width=8, side=16, rounds=1)
-    assert len(rows) == len(benchmark.table(rows).splitlines()) - 2
+def test_the_benchmark_runs_and_memory_is_as_claimed() -> None:
+    module = benchmark("batchnorm")
+    rows = module.measure(batch_size=32, width=8, side=16, rounds=1)
+    assert len(rows) == len(module.table(rows).splitlines()) - 2
     check_memory(rows)
 
 
-def test_the_page_shows_the_kept_results_which_keep_their_promises(benchmark: ModuleType) -> None:
+def test_the_page_shows_the_kept_results_which_keep_their_promises() -> None:
     rows = json.loads((ROOT / "benchmarks" / "results" / "batchnorm.json").read_text(encoding="utf-8"))["rows"]
-    assert benchmark.table(rows) in (ROOT / "docs" / "batchnorm.md").read_text(encoding="utf-8")
+    assert benchmark("batchnorm").table(rows) in (ROOT / "docs" / "batchnorm.md").read_text(encoding="utf-8")
     check_memory(rows)
     assert {row["name"]: row["time"][1] for row in rows}["exact, 8"] <= 2.2
 

@@ -1,18 +1,16 @@
 """`macrobatch compare` on the scaled rate, the noise scale, sharpness and several seeds: the numbers and the words."""
 
-import importlib.util
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from helpers import benchmark
 from own_tasks import line
 from test_compare import comparison, course, run, strict_json
 from torch import Tensor, nn
@@ -390,16 +388,6 @@ def test_the_table_has_the_new_rows_and_the_figures_are_drawn_over_seeds() -> No
 
 
 # ---- what scaling buys
-
-
-def benchmark(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where its dataclasses look for themselves
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_on_digits_scaling_brings_the_loss_of_eight_times_the_batch_to_a_quarter() -> None:

@@ -1,25 +1,15 @@
 """What the pages say that losses over all outputs cost and bring is what was measured, and keeps its promises."""
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from helpers import benchmark
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "contrastive.md"
-
-
-def benchmark(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def kept(name: str) -> dict[str, Any]:

@@ -1,41 +1,35 @@
 """The benchmark of spikes on a smaller model: what is ruined without a guard is not with one, and skipping cannot."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from helpers import benchmark
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_spikes", ROOT / "benchmarks" / "spikes.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+def spikes() -> ModuleType:
+    module = benchmark("spikes")
     module.TASK_OPTIONS = {"d_model": 32, "num_layers": 1, "num_heads": 2, "context": 32}
     return module
 
 
 @pytest.fixture(scope="module")
-def runs(benchmark: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def runs(spikes: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Makes a run, its loss over the clean one's, and what was flagged in the event."""
-    lengths = benchmark.Lengths(clean=401, end=400, event=300, lead=60)
+    lengths = spikes.Lengths(clean=401, end=400, event=300, lead=60)
     fork = tmp_path_factory.mktemp("forks") / "fork.pt"
-    clean = benchmark.clean_run(0, lengths, fork)
+    clean = spikes.clean_run(0, lengths, fork)
     assert clean["judged"] > 300
     assert clean["flagged"] == [], "a clean run is left alone"
 
     def run(event: str, policy: str) -> tuple[float, dict[int, str], bool]:
-        found = benchmark.forked_run(0, event, policy, lengths, fork)
-        during = {t: kind for t, kind in found["flagged"].items() if t < benchmark.EVENTS["a"]}
+        found = spikes.forked_run(0, event, policy, lengths, fork)
+        during = {t: kind for t, kind in found["flagged"].items() if t < spikes.EVENTS["a"]}
         return found["validation_loss"] / clean["validation_loss"], during, found["gave_up"] is not None
 
     return run
@@ -63,12 +57,12 @@ def test_control_skipping_cannot_undo_a_step_and_gives_up(runs: Any) -> None:
     assert gave_up
 
 
-def test_the_page_shows_the_results_that_were_kept_and_all_promises_hold(benchmark: ModuleType) -> None:
-    found = json.loads(benchmark.RESULTS.read_text(encoding="utf-8"))
-    assert benchmark.table(found["runs"], found["seeds"]) in (ROOT / "docs" / "spikes.md").read_text(encoding="utf-8")
-    for event, policy in benchmark.TARGETS:
-        assert benchmark.holds(event, policy, benchmark.ratios(found["runs"], found["seeds"], event, policy))
+def test_the_page_shows_the_results_that_were_kept_and_all_promises_hold(spikes: ModuleType) -> None:
+    found = json.loads(spikes.RESULTS.read_text(encoding="utf-8"))
+    assert spikes.table(found["runs"], found["seeds"]) in (ROOT / "docs" / "spikes.md").read_text(encoding="utf-8")
+    for event, policy in spikes.TARGETS:
+        assert spikes.holds(event, policy, spikes.ratios(found["runs"], found["seeds"], event, policy))
     clean = [found["runs"][f"clean {seed}"] for seed in found["seeds"]]
     judged = sum(run["judged"] for run in clean)
     assert judged >= 3000
-    assert 1000 * sum(len(run["flagged"]) for run in clean) / judged <= benchmark.MOST_FALSE_ALARMS
+    assert 1000 * sum(len(run["flagged"]) for run in clean) / judged <= spikes.MOST_FALSE_ALARMS
