@@ -7,12 +7,10 @@ source from the standard library. The last rows are what macrobatch does not mak
 results as JSON; those in the README are kept in benchmarks/results/exactness.json.
 """
 
-import argparse
 import inspect
 import json
 import multiprocessing
 import os
-import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from common import machine, parsed, parser, write
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -237,6 +236,9 @@ def rank_errors(rank: int, folder: str) -> None:
     if rank == 0:
         Path(folder, "errors").write_text(json.dumps(errors))
     dist.destroy_process_group()
+    # Gloo's threads outlive their group once DDP had it. One that still lets go of the last tensors asks for Python's
+    # lock, and aborts the process where Python has begun to end: so it ends here, at once.
+    os._exit(0)
 
 
 def measure_two_ranks() -> dict[str, object]:
@@ -247,6 +249,9 @@ def measure_two_ranks() -> dict[str, object]:
             process.start()
         for process in processes:
             process.join()
+        failed = [rank for rank, process in enumerate(processes) if process.exitcode]
+        if failed:
+            raise RuntimeError(f"rank {failed[0]} of the two failed: its error is above")
         errors = json.loads(Path(folder, "errors").read_text())
     return {"case": "two ranks (DDP), different numbers of tokens", **errors}
 
@@ -277,18 +282,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure all cases, print a table, and write the results if --output says where."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = parsed(parser(__doc__))
     rows = [measure(case) for case in cases()]
     rows += [measure_two_ranks(), measure_bfloat16()]
     print(table(rows))
-    if arguments.output:
-        versions = f"Python {platform.python_version()}, torch {torch.__version__}, macrobatch {mb.__version__}"
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"machine": platform.machine(), "versions": versions, "rows": rows}, indent=2)
-        arguments.output.write_text(text + "\n", encoding="utf-8")
+    write(machine() | {"rows": rows}, arguments.output)
 
 
 if __name__ == "__main__":
