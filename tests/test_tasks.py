@@ -1,6 +1,9 @@
 """Tasks: the same for the same seed, disjoint in their data, and clear about what is wrong with a name or an option."""
 
+import copy
 import hashlib
+import importlib.util
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,22 +12,57 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import clear, difference, gradients
 from torch import nn
 from torch.utils.data import IterableDataset, default_collate
 
 import macrobatch as mb
+from macrobatch.cli.learner import accumulator_of
+from macrobatch.structure import tensors
 from macrobatch.tasks import Task, load_task, parse_task_option, task_names
 from macrobatch.tasks.code_lm import MAX_FILE_BYTES, ByteContexts, is_validation, source_files
+from macrobatch.tasks.embeddings import PACKAGE
 
 TINY: dict[str, dict[str, Any]] = {
     "code-lm": {"d_model": 8, "num_layers": 1, "num_heads": 2, "context": 16},
     "digits": {"width": 2},
+    "embeddings": {"frozen_layers": 5, "max_tokens": 12},
 }
+PRETRAINED = {"embeddings"}  # its weights are not drawn
+FUNCTION = '''
+def {name}_{j}(values):
+    """Of number {j} the {what}."""
+    return {name}(values, {j})
+'''
 
 
-@pytest.fixture(params=sorted(TINY))
-def task(request: pytest.FixtureRequest) -> Task:
-    return load_task(request.param, **TINY[request.param])
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Task]:
+    """Tasks by name and seed, each `number` loaded anew; those with a real encoder read a few files of their own."""
+    found: dict[tuple[str, int, int], Task] = {}
+    root = tmp_path_factory.mktemp("library")
+    for j in range(12):
+        names = ("total", "product", "mean", "median", "largest", "smallest", "spread")
+        (root / f"module_{j}.py").write_text("".join(FUNCTION.format(name=n, what=n, j=j) for n in names))
+
+    def load(name: str, seed: int = 0, number: int = 0) -> Task:
+        if (name, seed, number) not in found:
+            own = {"root": str(root)} if name == "embeddings" else {}
+            found[name, seed, number] = load_task(name, seed=seed, **TINY[name], **own)
+        task = found[name, seed, number]
+        return replace(task, model=copy.deepcopy(task.model))
+
+    return load
+
+
+has_weights = pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="needs the extra 'embeddings'")
+
+
+@pytest.fixture(
+    params=["code-lm", "digits", pytest.param("embeddings", marks=has_weights)],
+)
+def task(request: pytest.FixtureRequest, loaded: Callable[..., Task]) -> Task:
+    return loaded(request.param)
 
 
 def first_samples(task: Task, count: int) -> Any:
@@ -49,12 +87,12 @@ def test_every_built_in_task_is_tested_here() -> None:
     assert set(task_names()) == set(TINY)
 
 
-def test_a_task_is_the_same_for_the_same_seed_and_another_for_another(task: Task) -> None:
+def test_a_task_is_the_same_for_the_same_seed_and_another_for_another(task: Task, loaded: Callable[..., Task]) -> None:
     torch.manual_seed(123)  # what happened before does not matter
-    again, other = (load_task(task.name, seed=seed, **TINY[task.name]) for seed in (0, 1))
+    again, other = loaded(task.name, 0, 1), loaded(task.name, 1)
     assert torch.equal(weights_of(task), weights_of(again))
-    assert not torch.equal(weights_of(task), weights_of(other))
-    for one, two in zip(task.train[3], again.train[3], strict=True):
+    assert torch.equal(weights_of(task), weights_of(other)) == (task.name in PRETRAINED)
+    for one, two in zip(tensors(task.train[3]), tensors(again.train[3]), strict=True):
         assert torch.equal(one, two)
 
 
@@ -64,17 +102,25 @@ def test_loading_a_task_leaves_the_random_numbers_of_the_caller_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_the_loss_of_a_task_is_a_sum_with_its_count(task: Task) -> None:
+def test_the_loss_of_a_task_is_a_sum_with_its_count_or_of_all_outputs(task: Task) -> None:
     task.model.eval()  # BatchNorm would couple the halves
-    whole = task.loss_fn(task.model, first_samples(task, 6))
-    halves = [task.loss_fn(task.model, part) for part in mb.Window([first_samples(task, 6)]).cut(4)]
+    batch = first_samples(task, 6)
+    if task.encode is not None:
+        accumulator_of(task, task.model).run(mb.Window([batch]))
+        in_one_piece = gradients(task.model)
+        clear(task.model)
+        accumulator_of(task, task.model, micro_batch_size=4).run(batch)
+        assert difference(gradients(task.model), in_one_piece) < 1e-4
+        return
+    whole = task.loss_fn(task.model, batch)
+    halves = [task.loss_fn(task.model, part) for part in mb.Window([batch]).cut(4)]
     assert whole[1] == sum(count for _, count in halves)
     assert whole[0].item() == pytest.approx(sum(loss_sum.item() for loss_sum, _ in halves), rel=1e-5)
 
 
 def test_a_task_learns(task: Task) -> None:
     optimizer = task.make_optimizer(task.model, task.learning_rate)
-    accumulator = mb.Accumulator(task.model, task.loss_fn, micro_batch_size=8, batch_norm="micro_batch")
+    accumulator = accumulator_of(task, task.model, micro_batch_size=8)
     losses = []
     for _ in range(40):
         report = accumulator.run(first_samples(task, 32))
@@ -84,8 +130,10 @@ def test_a_task_learns(task: Task) -> None:
 
 
 def test_metrics_of_a_task_are_sums_with_their_counts(task: Task) -> None:
+    batch = first_samples(task, 5)
+    seen = batch if task.encode is None else task.encode(task.model, batch)
     for name, metric in task.metrics.items():
-        value, count = metric(task.model, first_samples(task, 5))
+        value, count = metric(task.model, seen)
         assert value.shape == (), name
         assert count >= 5
 
@@ -187,6 +235,13 @@ def test_without_scikit_learn_the_error_names_the_extra(monkeypatch: pytest.Monk
         load_task("digits")
 
 
+def test_the_names_of_tasks_are_known_without_the_libraries_of_any_of_them() -> None:
+    code = "import sys; from macrobatch.tasks import task_names; task_names(); print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "macrobatch.tasks.embeddings" in found
+    assert not {"transformers", "tokenizers", "sklearn", PACKAGE} & set(found)
+
+
 # ---- names and options
 
 
@@ -230,8 +285,16 @@ def test_a_task_of_ones_own_is_found_by_module_and_function(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("task_name", "options", "message"),
     [
-        ("code-ml", {}, r"there is no task 'code-ml'. Did you mean code-lm\? Built-in tasks: code-lm, digits"),
-        ("cats", {}, "there is no task 'cats'. Built-in tasks: code-lm, digits; your own is written package.module:"),
+        (
+            "code-ml",
+            {},
+            r"there is no task 'code-ml'. Did you mean code-lm\? Built-in tasks: code-lm, digits, embeddings",
+        ),
+        (
+            "cats",
+            {},
+            "there is no task 'cats'. Built-in tasks: code-lm, digits, embeddings; your own is written package.module:",
+        ),
         (":f", {}, "there is no task ':f'"),
         ("{own}:circle", {}, "has no function 'circle'; it has: line, loss_fn, nothing"),
         ("{own}:nothing", {}, "returned a value of type int; a macrobatch.tasks.Task is needed"),

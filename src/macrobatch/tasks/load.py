@@ -11,9 +11,10 @@ import torch
 
 from macrobatch.tasks.code_lm import code_lm
 from macrobatch.tasks.digits import digits
+from macrobatch.tasks.embeddings import embeddings
 from macrobatch.tasks.task import Task
 
-_BUILT_IN: Mapping[str, Callable[..., Task]] = {"code-lm": code_lm, "digits": digits}
+_BUILT_IN: Mapping[str, Callable[..., Task]] = {"code-lm": code_lm, "digits": digits, "embeddings": embeddings}
 
 
 def task_names() -> tuple[str, ...]:
