@@ -52,6 +52,7 @@ LEVELS = (
     ("searching",),
     # L1 mechanism
     ("window_pass",),
+    ("alignment",),
     ("ways",),
     ("accumulator", "loops", "update"),
     ("row_blocks", "gathered_forward"),

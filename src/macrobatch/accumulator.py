@@ -20,6 +20,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.utils.data import DataLoader
 
 from macrobatch import structure
+from macrobatch.alignment import Rng
 from macrobatch.arguments import check_loss_fn
 from macrobatch.auto_size import AutoSize, refuse_coupled
 from macrobatch.batch import Cut, NumSamples, Window
@@ -61,6 +62,7 @@ class Accumulator:
     `device`: where micro-batches travel; None is where the parameters are.
     `grad_dtype`: see `gradients.WindowGradients`; None sums low precision in float32, ends in the parameter's dtype.
     `cut(batch, start, stop)` and `num_samples(batch)`: for batches that are not nested tensors, batch dimension first.
+    `rng`: "aligned" draws for each micro-batch the rows of what the full batch would draw: its dropout, exactly.
     `process_group`: "auto" is that of the DDP modules, else all processes; None is this process alone.
     `overlap`: DDP reduces in the last backward; False: after it, and out of memory is recovered in that one too.
     """
@@ -82,6 +84,7 @@ class Accumulator:
         grad_dtype: torch.dtype | None = None,
         cut: Cut | None = None,
         num_samples: NumSamples | None = None,
+        rng: Rng | None = None,
         process_group: GroupChoice = AUTO,
         overlap: bool = True,
     ) -> None:
@@ -89,7 +92,7 @@ class Accumulator:
         self.model = model
         self.loss_fn = loss_fn
         self._measure = check_measure(measure)
-        self._way = way_of(batch_norm, measure)
+        self._way = way_of(batch_norm, measure, rng, cut)
         self._limit = self._way.limit(micro_batch_size, max_memory)
         self._max_memory = max_memory
         self._modules = modules_of(model) + ([loss_fn] if isinstance(loss_fn, nn.Module) else [])

@@ -61,6 +61,7 @@ class AlignedRandom:
     def __init__(self, draws: Draws, num_samples: int, device: torch.device | None = None) -> None:
         self._draws = draws
         self._num_samples = num_samples
+        self._device = device
         self._beginning = RandomState(device)
 
     @contextmanager
@@ -76,14 +77,24 @@ class AlignedRandom:
         if not 0 <= start < stop <= self._num_samples:
             raise ValueError(f"rows {start} to {stop} were asked of a full batch of {self._num_samples} samples")
         self._beginning.restore()
-        mode = _Cutting(self._draws, self._num_samples, start, stop)
+        mode = _Cutting(self._draws, self._num_samples, range(start, stop), self._device)
         with mode:
             yield
+        mode.refuse_hidden_draws()
         if mode.position != len(self._draws.calls):
             raise ValueError(
                 f"samples {start} to {stop} drew {mode.position} times, the full batch {len(self._draws.calls)} times: "
                 "random numbers cannot be aligned where how often they are drawn depends on the batch"
             )
+
+    @contextmanager
+    def none(self) -> Iterator[None]:
+        """Nothing is drawn inside, where a backward runs apart from its forward. ValueError where something is."""
+        mode = _Cutting(self._draws, self._num_samples, range(0), self._device)
+        mode.position = len(self._draws.calls)
+        with mode:
+            yield
+        mode.refuse_hidden_draws()
 
 
 class _Recording(TorchDispatchMode):
@@ -100,29 +111,45 @@ class _Recording(TorchDispatchMode):
 
 
 class _Cutting(TorchDispatchMode):
-    def __init__(self, draws: Draws, num_samples: int, start: int, stop: int) -> None:
+    def __init__(self, draws: Draws, num_samples: int, samples: range, device: torch.device | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.position = 0
         self._calls = draws.calls
         self._num_samples = num_samples
-        self._start, self._stop = start, stop
+        self._samples = samples
+        self._device = device
+        self._after = RandomState(device)  # the last draw
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not _draws(func, args, kwargs):
             return func(*args, **kwargs)
+        whole = self._next(_name(func), _shape(func, args))
+        self.refuse_hidden_draws()
+        result = self._draw(func, args, kwargs, whole)
+        self._after = RandomState(self._device)
+        return result
+
+    def _draw(self, func: Any, args: Any, kwargs: Any, whole: Draw) -> Any:
         shape = _shape(func, args)
-        whole = self._next(_name(func), shape)
         if whole.shape == shape:  # noise that does not belong to samples: the same for all of them
             return func(*args, **kwargs)
         dimension = self._dimension(shape, whole)
-        share = shape[dimension] // (self._stop - self._start)  # rows of each sample
-        rows = slice(self._start * share, self._stop * share)
+        share = shape[dimension] // len(self._samples)  # rows of each sample
+        rows = slice(self._samples.start * share, self._samples.stop * share)
 
         def cut(tensor: Tensor) -> Tensor:
             return tensor[(slice(None),) * dimension + (rows,)]
 
         return _drawn(func, args, kwargs, whole, cut)
+
+    def refuse_hidden_draws(self) -> None:
+        """ValueError if the random numbers went on since the last draw that was seen."""
+        if not self._after.is_present():
+            raise ValueError(
+                "random numbers were drawn or seeded where it could not be seen (torch.compile, a kernel of its own, "
+                "torch.manual_seed in the forward): they cannot be those of the full batch"
+            )
 
     def _next(self, name: str, shape: Shape) -> Draw:
         if self.position == len(self._calls):
@@ -140,7 +167,7 @@ class _Cutting(TorchDispatchMode):
 
     def _dimension(self, shape: Shape, draw: Draw) -> int:
         """The dimension that grows with the number of samples."""
-        n, whole = self._stop - self._start, draw.shape
+        n, whole = len(self._samples), draw.shape
         differing = [k for k, (a, b) in enumerate(zip(shape, whole, strict=False)) if a != b]
         if len(shape) == len(whole) and len(differing) == 1:
             (k,) = differing

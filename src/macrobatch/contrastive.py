@@ -19,16 +19,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.nn.parallel import DistributedDataParallel
 
 from macrobatch.accumulator import Accumulator
+from macrobatch.alignment import Rng, random_of, without_ddp
 from macrobatch.auto_size import AutoSize
 from macrobatch.batch import Cut, NumSamples, Window, cut_batch
 from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks
 from macrobatch.gathered_forward import Encode, Encoder
 from macrobatch.gathered_loss import GatheredLoss
 from macrobatch.gathered_window import GatheredRecipe, GatheredWindow
-from macrobatch.gradients import Frozen, WindowGradients, modules_of
+from macrobatch.gradients import Frozen, WindowGradients
 from macrobatch.graph_budget import SAMPLES, Needs, needs_of
 from macrobatch.measuring import Measure
 from macrobatch.rehearsal import Rehearsal
@@ -75,6 +75,7 @@ class GatheredAccumulator(Accumulator):
         grad_dtype: torch.dtype | None = None,
         cut: Cut | None = None,
         num_samples: NumSamples | None = None,
+        rng: Rng | None = None,
         process_group: GroupChoice = AUTO,
     ) -> None:
         _check_callable(encode, "encode", ("model", "micro_batch"))
@@ -98,10 +99,11 @@ class GatheredAccumulator(Accumulator):
             grad_dtype=grad_dtype,
             cut=cut,
             num_samples=num_samples,
+            rng=rng,
             process_group=process_group,
         )
         self._gathered = GatheredRecipe(
-            encode, loss_fn, self._measure, cut, self._limit, self._micro_batch_start, Replay()
+            encode, loss_fn, self._measure, cut, self._limit, self._micro_batch_start, Replay(), random_of(rng, cut)
         )
         self._graphs = _graph_limit(keep_graphs)
         self._budget = max_memory
@@ -189,7 +191,7 @@ class GatheredAccumulator(Accumulator):
         )
         few = min(n, SAMPLES)
         part = map_tensors(cut_batch(sample, [few, n - few], self._cut)[0], lambda leaf: leaf.to(rehearsal.device))
-        encoder = Encoder(replace(recipe, model=_without_ddp(self.model)), self._gathered.encode, rehearsal.device)
+        encoder = Encoder(replace(recipe, model=without_ddp(self.model)), self._gathered.encode, rehearsal.device)
         num_samples = window.num_samples * Ranks.of(recipe.process_group).size
         return needs_of(rehearsal, encoder, self._gathered.loss_fn, (part, few), num_samples, window, self._budget)
 
@@ -206,12 +208,6 @@ class GatheredAccumulator(Accumulator):
             if self._has_room_for_graphs:  # the budget was looked at already
                 self._graphs, self._has_room_for_graphs = SizeLimit(state["graphs"]["start"]), False
             self._graphs.load_state_dict(state["graphs"])
-
-
-def _without_ddp(model: nn.Module | Sequence[nn.Module]) -> nn.Module | list[nn.Module]:
-    """The model as one process has it: DDP would communicate in a forward that other ranks do not run."""
-    inner = [m.module if isinstance(m, DistributedDataParallel) else m for m in modules_of(model)]
-    return inner[0] if isinstance(model, nn.Module) else inner
 
 
 class _SumOfOutputs(nn.Module):

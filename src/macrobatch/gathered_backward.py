@@ -24,13 +24,23 @@ class StartOver(Exception):
 
 @dataclass
 class Job:
-    """What the backward of a piece needs, or of a part of it: `gradients` of its outputs, None where there is none."""
+    """What the backward of a piece needs, or of a part of it: `gradients` of its outputs, None where there is none.
+
+    `start`: position of its first sample in the window.
+    """
 
     micro_batch: Nested
+    start: int
     num_samples: int
     gradients: list[Tensor | None]
     piece: Piece
     graph: Outputs | None = None
+
+
+def rows_of(attempt: Attempt) -> range | None:
+    """The samples whose forward an attempt at a job runs; None where its graph is there."""
+    job: Job = attempt.micro_batch
+    return range(job.start, job.start + job.num_samples) if job.graph is None else None
 
 
 class Backwards:
@@ -59,7 +69,7 @@ class Backwards:
         pieces = self._first.pieces
         sizes = [piece.num_samples for piece in pieces]
         split = [[None] * len(sizes) if g is None else g.split(sizes) for g in self._gradients]
-        jobs = [Job(None, n, [g[i] for g in split], pieces[i]) for i, n in enumerate(sizes)]
+        jobs = [Job(None, p.start, p.num_samples, [g[i] for g in split], p) for i, p in enumerate(pieces)]
         for job in reversed(jobs):
             job.piece.sizes = []
             if job.piece.kept is not None:
@@ -90,11 +100,11 @@ class Backwards:
 
     def cut(self, job: Job, start: int, stop: int) -> Job:
         """Samples `start` to `stop` of a job. StartOver if they cannot be run apart from the others as they were."""
-        if job.piece.beginning.draws or self._couples:
+        if (job.piece.beginning.draws and not self._first.rows.cuts_alike) or self._couples:
             raise StartOver
         part = cut_batch(job.micro_batch, [start, stop - start, job.num_samples - stop], self._own_cut)[1]
         gradients = [None if g is None else g[start:stop] for g in job.gradients]
-        return Job(part, stop - start, gradients, job.piece)
+        return Job(part, job.start + start, stop - start, gradients, job.piece)
 
     def step(self, attempt: Attempt) -> None:
         """The job has added its part to `p.grad`. RunAgain if it failed while graphs were kept, which are gone now."""

@@ -2,12 +2,13 @@
 
 import gc
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from macrobatch.alignment import DrawnAnew, Random, Rows, entered
 from macrobatch.batch import Window
 from macrobatch.devices import on_device
 from macrobatch.distributed import GradientReduction
@@ -19,17 +20,20 @@ from macrobatch.structure import Nested
 from macrobatch.window_pass import Recipe
 
 Encode = Callable[[Any, Nested], Nested]
+Forward = Callable[[Nested, int], tuple[Beginning, Outputs]]
 
 
 @dataclass(eq=False)
 class Piece:
     """A micro-batch, or a part of one, as its first forward ran it.
 
-    `source`: position of the micro-batch in the window. `outputs`: without a graph, until they are joined. `kept`: the
-    micro-batch and its outputs with their graph. `sizes`: samples in each part that the backward ran.
+    `source`: position of the micro-batch in the window; `start`: of the first sample. `outputs`: without a graph, until
+    they are joined. `kept`: the micro-batch and its outputs with their graph. `sizes`: samples in each part that the
+    backward ran.
     """
 
     source: int
+    start: int
     num_samples: int
     beginning: Beginning
     outputs: Outputs | None
@@ -56,56 +60,71 @@ class Encoder:
         """The autocast that was asked for, to be entered."""
         if torch.is_grad_enabled():
             torch.clear_autocast_cache()  # an autocast around everything may hold weights that were cast without graph
-        if isinstance(self.recipe.autocast, torch.dtype):
-            return torch.autocast(self.home.type, dtype=self.recipe.autocast)
-        return self.recipe.autocast or nullcontext()
+        return entered(self.recipe.autocast, self.home)
 
 
 class FirstForwards:
     """The pieces of one window, in order, and the graphs that are kept of them.
 
-    `num_let_go`: how often graphs were let go to make room.
+    `rows`: whose random numbers they draw. `num_let_go`: how often graphs were let go to make room.
     """
 
-    def __init__(self, encoder: Encoder, replay: Replay, moment: Moment, device: torch.device | None) -> None:
+    def __init__(
+        self, encoder: Encoder, replay: Replay, random: Random, moment: Moment, device: torch.device | None
+    ) -> None:
         self.encoder = encoder
         self.replay = replay
+        self.rows: Rows = DrawnAnew()
         self.pieces: list[Piece] = []
         self.num_let_go = 0
+        self._random = random
         self._moment = moment  # remembered before each attempt by the recovery
         self._device = device
 
     def run(self, window: Window, keep: int, recovery: Recovery, reduction: GradientReduction) -> None:
         """`pieces` holds the outputs of every micro-batch, and the graphs of the last `keep` of them."""
         self.pieces = []
+        self.rows = self._random(self.encoder.recipe, self.encoder.encode, window, self._device)
+        forward = self.rows.around(self._forward, self._following)
         first_kept = len(window) - keep if keep > 1 else None  # with one or none a window may fill while it runs
         for source, (micro_batch, n, is_last) in enumerate(on_device(window.sized(), self._device)):
             keeps = keep > 0 and (is_last if first_kept is None else source >= first_kept)
 
             def step(attempt: Attempt, source: int = source, keeps: bool = keeps) -> None:
                 reduction.announce(False, is_retry=recovery.retries > 0)
-                piece = self._piece(attempt, source, keeps)
+                piece = self._piece(forward, attempt, source, keeps)
                 if piece is None:  # the error is gone, and with it what it held; so are the kept graphs
                     self._moment.restore()
-                    piece = self._piece(attempt, source, keeps)
+                    piece = self._piece(forward, attempt, source, keeps)
                 assert piece is not None
                 self.pieces.append(piece)
 
             recovery.run(micro_batch, n, is_last, step)
             del micro_batch
 
-    def _piece(self, attempt: Attempt, source: int, keeps: bool) -> Piece | None:
+    def _piece(self, forward: Forward, attempt: Attempt, source: int, keeps: bool) -> Piece | None:
         """None if it ran out of memory while graphs were kept, which now are not."""
         try:
-            with torch.set_grad_enabled(keeps), self.replay.first() as beginning:
-                outputs = self.encoder(attempt.micro_batch, attempt.num_samples)
+            with torch.set_grad_enabled(keeps):
+                beginning, outputs = forward(attempt.micro_batch, attempt.num_samples)
             kept = (attempt.micro_batch, outputs) if keeps else None
-            return Piece(source, attempt.num_samples, beginning, outputs.detached(), kept)
+            n = attempt.num_samples
+            return Piece(source, self._following(None, n).start, n, beginning, outputs.detached(), kept)
         except RuntimeError as error:
             if not (is_out_of_memory(error) and self.holds_graphs):
                 raise
         self.let_graphs_go()
         return None
+
+    def _forward(self, micro_batch: Nested, num_samples: int) -> tuple[Beginning, Outputs]:
+        """The outputs of a forward, and what it began from."""
+        with self.replay.first() as beginning:
+            return beginning, self.encoder(micro_batch, num_samples)
+
+    def _following(self, micro_batch: Nested, num_samples: int) -> range:
+        """The positions in the window of a micro-batch that follows all pieces."""
+        start = self.pieces[-1].start + self.pieces[-1].num_samples if self.pieces else 0
+        return range(start, start + num_samples)
 
     @property
     def holds_graphs(self) -> bool:

@@ -7,9 +7,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from macrobatch.alignment import Random
 from macrobatch.batch import Cut, Window
 from macrobatch.distributed import GradientReduction, Ranks
-from macrobatch.gathered_backward import Backwards, StartOver
+from macrobatch.gathered_backward import Backwards, StartOver, rows_of
 from macrobatch.gathered_forward import Encode, Encoder, FirstForwards
 from macrobatch.gathered_loss import GatheredLoss, WindowLoss
 from macrobatch.gathering import Outputs, gathered
@@ -37,6 +38,7 @@ class GatheredRecipe:
     limit: SizeLimit
     moment: Moment
     replay: Replay
+    random: Random
 
 
 class GatheredWindow:
@@ -52,7 +54,7 @@ class GatheredWindow:
         self._reduction = reduction
         self._keep = keep
         self._encoder = Encoder(pass_.recipe, recipe.encode, pass_.home)
-        self._first = FirstForwards(self._encoder, recipe.replay, recipe.moment, pass_.device)
+        self._first = FirstForwards(self._encoder, recipe.replay, recipe.random, recipe.moment, pass_.device)
         self._loss: WindowLoss | None = None
         self._measurement = None if recipe.measure is None else Measurement(recipe.measure, pass_.ranks, pass_.home)
         self._measured: list[int] = []  # positions of the pieces in the order in which they were measured
@@ -123,10 +125,11 @@ class GatheredWindow:
         )
         device, limit = self._pass.device, self._recipe.limit
         recovery = Recovery(self._pass.parameters, [], Moment(), Moment(), limit, device, backwards.cut)
+        step = self._first.rows.around(backwards.step, rows_of)
         stopwatch = limit.stopwatch(self._pass.home)
         try:
             for job in backwards.jobs(window, device):
-                recovery.run(job, job.num_samples, False, backwards.step)
+                recovery.run(job, job.num_samples, False, step)
                 self._measure(self._first.pieces.index(job.piece), job.num_samples)
                 gradients.absorb()
                 backwards.refuse_strays()

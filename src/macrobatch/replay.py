@@ -36,7 +36,7 @@ class Replay:
         self._slots: list[Slot] = []
         self._device: torch.device | None = None
         self._changing: set[int] | None = None  # positions of larger buffers that change; None: not known yet
-        self._last: tuple[list[Tensor], RandomState] | None = None
+        self._last: RandomState | None = None
 
     def watch(self, slots: list[Slot], device: torch.device | None) -> None:
         """These are the buffers, from `state.buffer_slots`, and the device of the random numbers beside the CPU's."""
@@ -47,9 +47,9 @@ class Replay:
     @contextmanager
     def first(self) -> Iterator[Beginning]:
         """What the forward inside begins from is remembered."""
-        before, states = self._now(), self._states()
+        before = self._now()
         copies = {i: b.detach().clone() for i, (b, _) in enumerate(before) if b is not None and self._is_copied(i, b)}
-        beginning = Beginning(self._random(states), {**copies})
+        beginning = Beginning(self._random(), {**copies})
         yield beginning
         changed = {i for i, (old, new) in enumerate(zip(before, self._now(), strict=True)) if _differ(old, new)}
         self._changing = (self._changing or set()) | {i for i in changed if not self._is_small(i, before[i][0])}
@@ -58,7 +58,7 @@ class Replay:
                 beginning.buffers[i] = None
             elif i not in changed and not self._is_small(i, buffer):
                 beginning.buffers.pop(i, None)
-        beginning.draws = not all(map(torch.equal, states, self._states()))
+        beginning.draws = not beginning.random.is_present()
 
     @contextmanager
     def again(self, beginning: Beginning) -> Iterator[None]:
@@ -92,17 +92,11 @@ class Replay:
         buffers = [module._buffers.get(name) for module, name in self._slots]
         return [(b, 0 if b is None or b.is_inference() else b._version) for b in buffers]
 
-    def _random(self, states: list[Tensor]) -> RandomState:
+    def _random(self) -> RandomState:
         """The present random state; one object for as long as nothing is drawn."""
-        if self._last is None or not all(map(torch.equal, self._last[0], states)):
-            self._last = states, RandomState(self._device)
-        return self._last[1]
-
-    def _states(self) -> list[Tensor]:
-        states = [torch.get_rng_state()]
-        if self._device is not None and self._device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(self._device))
-        return states
+        if self._last is None or not self._last.is_present():
+            self._last = RandomState(self._device)
+        return self._last
 
 
 def _differ(old: tuple[Tensor | None, int], new: tuple[Tensor | None, int]) -> bool:

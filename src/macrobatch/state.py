@@ -21,6 +21,14 @@ class RandomState:
         self._cpu_state = torch.default_generator.get_state()
         self._cuda_state = None if self._cuda is None else torch.cuda.get_rng_state(self._cuda)
 
+    def is_present(self) -> bool:
+        """Whether the next random numbers are those that followed when this was made."""
+        if not torch.equal(self._cpu_state, torch.default_generator.get_state()):
+            return False
+        if self._cuda is None or self._cuda_state is None:
+            return True
+        return torch.equal(self._cuda_state, torch.cuda.get_rng_state(self._cuda))
+
     def restore(self) -> None:
         """The next random numbers are those that followed when this was made."""
         torch.set_rng_state(self._cpu_state)

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import nn
 
+from macrobatch.alignment import Random, Rng, Rows, drawn_anew, random_of
 from macrobatch.arguments import limit_of
 from macrobatch.batch import Cut, Window
 from macrobatch.budget import budget_bytes
@@ -23,7 +24,7 @@ from macrobatch.measuring import Measure
 from macrobatch.memory import memory_limit
 from macrobatch.offload import Offload
 from macrobatch.pooled_norm import pooled
-from macrobatch.recovery import Recovery, RunAgain, is_out_of_memory
+from macrobatch.recovery import Attempt, Recovery, RunAgain, is_out_of_memory
 from macrobatch.sizing import SizeLimit
 from macrobatch.structure import Nested, tensors
 from macrobatch.substitution import held_tensors
@@ -75,9 +76,13 @@ class Way(Protocol):
 
 @dataclass(frozen=True)
 class OneByOne:
-    """One micro-batch after the other; with `pools` running statistics are those of the whole window."""
+    """One micro-batch after the other; with `pools` running statistics are those of the whole window.
+
+    `random`: what random numbers its forwards draw.
+    """
 
     pools: bool = False
+    random: Random = drawn_anew
     overlaps: bool = True
     offloaded_bytes: int = 0
 
@@ -92,7 +97,8 @@ class OneByOne:
     def run(self, running: Running) -> None:
         """Forward and backward of each micro-batch, in parts where memory demands it."""
         pass_, recovery, gradients = running.pass_, running.recovery, running.gradients
-        step = partial(pass_.forward_backward, running.reduction)
+        rows = self._rows(running.window, pass_)
+        step = rows.in_order(partial(pass_.forward_backward, running.reduction), _attempted)
         stopwatch = running.limit.stopwatch(pass_.home)
         for micro_batch, num_samples, is_last in on_device(running.window.sized(), pass_.device):
             recovery.run(micro_batch, num_samples, is_last, step)
@@ -103,8 +109,16 @@ class OneByOne:
 
     def evaluate(self, window: Window, pass_: WindowPass) -> None:
         """The forward of each micro-batch."""
+        forward = self._rows(window, pass_).in_order(pass_.forward, lambda micro_batch, num_samples: num_samples)
         for micro_batch, num_samples, _ in on_device(window.sized(), pass_.device):
-            pass_.forward(micro_batch, num_samples)
+            forward(micro_batch, num_samples)
+
+    def _rows(self, window: Window, pass_: WindowPass) -> Rows:
+        return self.random(pass_.recipe, pass_.recipe.loss_fn, window, pass_.device)
+
+
+def _attempted(attempt: Attempt) -> int:
+    return attempt.num_samples
 
 
 class InLockstep:
@@ -219,12 +233,18 @@ def _run_again(running: Running, num_samples: int, message: str) -> None:
     raise RunAgain
 
 
-def way_of(batch_norm: BatchNorm | None, measure: Measure | None) -> Way:
-    """The way that `batch_norm` asks for. ValueError for anything else, and where it cannot be measured."""
+def way_of(batch_norm: BatchNorm | None, measure: Measure | None, rng: Rng | None, cut: Cut | None) -> Way:
+    """The way that `batch_norm` and `rng` ask for. ValueError for anything else, and where it cannot be measured."""
     if batch_norm not in (None, "exact", "pooled", "micro_batch"):
         raise ValueError(f"batch_norm must be 'exact', 'pooled', 'micro_batch' or None, got {batch_norm!r}")
+    random = random_of(rng, cut)
+    if rng is not None and batch_norm in ("exact", "pooled"):
+        raise ValueError(
+            f'rng="aligned" is for micro-batches that run one by one, and batch_norm={batch_norm!r} looks into their '
+            "forwards: leave one of the two out, or convert the BatchNorm layers (macrobatch.batchnorm.convert)"
+        )
     if batch_norm != "exact":
-        return OneByOne(pools=batch_norm == "pooled")
+        return OneByOne(pools=batch_norm == "pooled", random=random)
     if measure is not None:
         raise ValueError(
             f'batch_norm="exact" has one backward for the whole window, in which no micro-batch has a gradient of its '
