@@ -204,10 +204,12 @@ def compare(
     ] = None,
     max_memory: MaxMemory = None,
     lr: LearningRate = None,
-    samples: Samples = None,
+    samples: Annotated[
+        int | None, _count(1, "Train each way on so many.  [8192; 4096 where the loss compares samples]")
+    ] = None,
     draws: Annotated[
         int | None,
-        _count(8, "Gradients drawn to measure their variance, 64 at least unless the loss compares samples."),
+        _count(1, "Gradients drawn to measure their variance.  [64; 16 where the loss compares samples]"),
     ] = None,
     sharpness: Annotated[int, _count(0, "Training samples that the sharpness at the end is over; 0: none.")] = 32,
     seeds: Annotated[int, _count(1, "Repeat with so many seeds, for intervals.")] = 1,
