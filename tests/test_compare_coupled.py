@@ -267,7 +267,8 @@ def test_of_a_loss_that_is_a_mean_over_samples_both_meters_say_the_same() -> Non
 def ended(final: float, recall: float, *, updates: int) -> Course:
     made = course(final, updates=updates)
     parts = {"recall@1": [recall * (1 + 0.1 * (part % 3 - 1)) for part in range(6)]}
-    return replace(made, final=replace(made.final, metrics={"recall@1": recall}, parts_of_metrics=parts))
+    final = replace(made.final, metrics={"recall@1": recall}, parts_of_metrics=parts)
+    return replace(made, final=final, metrics_before={"recall@1": 0.3})
 
 
 def coupled(*, native: bool = True, scaled: bool = False, **changes: Any) -> Comparison:
@@ -323,7 +324,9 @@ def test_the_words_of_such_a_loss_claim_what_the_numbers_show() -> None:
     assert "recall@1 0.450 against 0.500 (difference -0.0500 ± 0.0018; one seed)" in text
     assert "and so of plain accumulation: 0.125 ± 0.006, which agrees with 0.1250 (1/8" in text
     assert "Caution: rules are derived for losses that are means over samples; this one changes with the batch" in text
-    assert "No rule knows the rate for a loss that changes with the batch" in text
+    assert "A rule is a first guess: try rates in between." in text
+    assert "Clearly apart: recall@1." in text
+    assert "Before training: recall@1 0.300." in text
 
 
 @pytest.mark.parametrize(
@@ -340,6 +343,7 @@ def test_the_words_of_such_a_loss_claim_what_the_numbers_show() -> None:
             "small and large batch are not clearly apart",
             "the large batch reached",
         ),
+        (with_course("plain", ended(2.8, 0.5, updates=16)), "No metric is clearly apart", "-0.0500 ± 0.0018"),
         (with_course("small", ended(2.2, 0.5, updates=128)), "the small batch reached", "the large batch reached"),
         (
             with_course("native", ended(2.2, 0.5, updates=16)),
@@ -390,6 +394,26 @@ def test_every_figure_and_the_page_can_be_made_with_and_without_the_native_batch
     html = page(made, words.findings(made))
     assert "plain and gathered accumulation" in html
     assert ("gradient off native" if native else "gradient off gathered") in html
+
+
+def test_the_metrics_before_training_are_those_of_the_initial_weights(
+    compared: tuple[str, dict[str, Any], str],
+) -> None:
+    said, found, _ = compared
+    task = load_task("own_towers:towers")
+    outputs = encode(task.model, task.collate(list(task.validation)))  # type: ignore[call-overload]
+    hits, count = task.metrics["recall@1"](task.model, outputs)
+    before = found["results"]["small"]["course"]["metrics_before"]
+    assert before == {"recall@1": pytest.approx(float(hits) / float(count))}
+    assert "Before training: recall@1" in said
+
+
+def test_what_was_not_predicted_has_no_row() -> None:
+    assert "predicted peak" not in dict(rows(coupled()))
+    base = coupled()
+    predicted = replace(base.results["small"], memory=Memory(10_000_000, True, 10_000_001))
+    table = dict(rows(replace(base, results={**base.results, "small": predicted})))
+    assert table["predicted peak"] == ["10.0 MB", "-", "-", "-"]
 
 
 def test_the_row_of_gradients_says_how_far_each_is_from_the_native_one() -> None:

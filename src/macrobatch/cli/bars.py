@@ -65,7 +65,7 @@ def sharpness_bars(axes: Axes, comparison: Comparison) -> None:
 
 
 def metric_bars(axes: Axes, comparison: Comparison) -> None:
-    """Each metric at the end, by way; a line where it began is not known, so bars from zero."""
+    """Each metric at the end, by way, and dotted what it was before training."""
     trained = [result for result in comparison.results.values() if result.course is not None]
     height = 0.8 / len(trained)
     for place, result in enumerate(trained):
@@ -74,6 +74,11 @@ def metric_bars(axes: Axes, comparison: Comparison) -> None:
         rows = [row + (place - (len(trained) - 1) / 2) * height for row in range(len(values))]
         bars = axes.barh(rows, values, height * 0.9, color=COLOR[result.way.key], label=result.way.name)
         axes.bar_label(bars, [number_text(value) for value in values], padding=3, color=INK, fontsize="x-small")
+    for row, name in enumerate(comparison.metric_names):
+        if name in comparison.metrics_before:
+            before = [comparison.metrics_before[name]] * 2
+            label = None if row else "before training"
+            axes.plot(before, [row - 0.45, row + 0.45], color=INK, linestyle=":", linewidth=1.2, label=label)
     axes.set_yticks(range(len(comparison.metric_names)), comparison.metric_names)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")

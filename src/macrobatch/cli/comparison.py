@@ -47,7 +47,8 @@ class Course:
     """The training of one way. Curves are pairs of samples seen and loss; seconds are of computing, without loading.
 
     `window_seconds` and `window_samples`: per effective batch, whatever number of updates it was for this way. `noise`:
-    the gradient noise scale along the way, where it was watched.
+    the gradient noise scale along the way, where it was watched. `metrics_before`: those of the initial weights, where
+    measured.
     """
 
     losses: Sequence[tuple[int, float]]
@@ -58,6 +59,7 @@ class Course:
     window_samples: Sequence[int]
     skipped: int
     noise: Sequence[NoisePoint] = ()
+    metrics_before: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def seconds_per_update(self) -> float:
@@ -144,6 +146,11 @@ class Comparison:
         """Whether the loss compares the samples of an update: each size of it has another loss and gradient."""
         return "plain" in self.results
 
+    @property
+    def is_predicted(self) -> bool:
+        """Whether the memory of some way was known before it ran."""
+        return any(result.memory.predicted_bytes is not None for result in self.results.values())
+
     def losses(self, key: Key) -> list[float]:
         """The validation loss at the end of a way, at every seed that it was run with."""
         course = self.results[key].course if key in self.results else None
@@ -161,6 +168,12 @@ class Comparison:
         """The metrics of the task."""
         courses = [result.course for result in self.results.values() if result.course is not None]
         return list(courses[0].final.metrics) if courses else []
+
+    @property
+    def metrics_before(self) -> Mapping[str, float]:
+        """The metrics of the initial weights, which all ways share."""
+        courses = [result.course for result in self.results.values() if result.course is not None]
+        return next((course.metrics_before for course in courses if course.metrics_before), {})
 
     def sharpnesses(self, key: Key) -> list[float]:
         """The top eigenvalue of the Hessian at the end of a way, at every seed at which it was measured."""

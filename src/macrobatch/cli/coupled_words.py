@@ -23,8 +23,13 @@ def plain_accumulation(comparison: Comparison) -> Finding | None:
         f"another; gathered accumulation compares the {large} of the whole update, as the native batch does."
         f"{_gradient(comparison)} Held-out loss over {gathered.final.num_samples:,} samples at once after the same "
         f"{comparison.samples:,}: {plain.final.loss:.4f} against {gathered.final.loss:.4f} (difference "
-        f"{difference.text}).{metrics_text(comparison, 'plain', 'accumulated')}",
+        f"{difference.text}).{metrics_text(comparison, 'plain', 'accumulated')}{_before(comparison)}",
     )
+
+
+def _before(comparison: Comparison) -> str:
+    said = [f"{name} {number_text(value)}" for name, value in comparison.metrics_before.items()]
+    return f" Before training: {', '.join(said)}." if said else ""
 
 
 def _gradient(comparison: Comparison) -> str:

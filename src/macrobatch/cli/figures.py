@@ -39,7 +39,7 @@ def loss_over_samples(axes: Axes, comparison: Comparison) -> None:
             _loss_curves(axes, comparison, result, result.course, lambda samples: samples)
     axes.set(xlabel="samples", ylabel="loss")
     thousands(axes)
-    axes.legend()
+    _legend(axes)
 
 
 def loss_over_updates(axes: Axes, comparison: Comparison) -> None:
@@ -50,7 +50,7 @@ def loss_over_updates(axes: Axes, comparison: Comparison) -> None:
             _loss_curves(axes, comparison, result, result.course, updates.__getitem__)
     axes.set(xlabel="updates", ylabel="loss")
     thousands(axes)
-    axes.legend()
+    _legend(axes)
 
 
 def loss_over_seconds(axes: Axes, comparison: Comparison) -> None:
@@ -61,7 +61,12 @@ def loss_over_seconds(axes: Axes, comparison: Comparison) -> None:
             seconds = {n: n / rate for n, _ in [(0, 0.0), *result.course.losses]}
             _loss_curves(axes, comparison, result, result.course, seconds.__getitem__)
     axes.set(xlabel="seconds of computing", ylabel="loss")
-    axes.legend()
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    """Small where there are many ways, so that it hides none of them."""
+    axes.legend(fontsize="small" if len(axes.get_legend_handles_labels()[0]) > 4 else None)
 
 
 def _loss_curves(

@@ -70,7 +70,9 @@ def metrics_text(comparison: Comparison, one: Key, other: Key) -> str:
         f"(difference {metric_difference(comparison, name, one, other).text})"
         for name in comparison.metric_names
     ]
-    return f" {', '.join(said)}." if said else ""
+    clear = [name for name in comparison.metric_names if metric_difference(comparison, name, one, other).sign]
+    judged = f"Clearly apart: {', '.join(clear)}." if clear else "No metric is clearly apart."
+    return f" {', '.join(said)}. {judged}" if said else ""
 
 
 def accumulation(comparison: Comparison) -> str:

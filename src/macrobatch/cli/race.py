@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -53,6 +53,7 @@ class Racer:
         self._update_seconds: list[float] = []
         self._window_seconds: list[float] = []
         self._window_samples: list[int] = []
+        self._metrics_before: Mapping[str, float] = {}
         self._final: Validation | None = None
 
     def train_on(self, samples: Sequence[Any]) -> None:
@@ -71,6 +72,8 @@ class Racer:
         """The validation curve has a point at the samples seen so far."""
         task = self.task if with_metrics else replace(self.task, metrics={})
         self._final = validate(self.model, task, micro_batches)
+        if not self._seen:
+            self._metrics_before = self._final.metrics
         self._validation_losses.append((self._seen, self._final.loss))
         self._read_noise()
 
@@ -106,6 +109,7 @@ class Racer:
             window_samples=self._window_samples,
             skipped=self._skipped,
             noise=self._noise_points,
+            metrics_before=self._metrics_before,
         )
 
 
@@ -124,7 +128,7 @@ def race(
     """
     count = len(indices)
     for racer in racers:
-        racer.validate_on(validation, with_metrics=False)
+        racer.validate_on(validation, with_metrics=racer is racers[0])  # all have the same weights
         advance(workload.validation, f"validating: {racer.way.name}")
     for number, batch in enumerate(indices, 1):
         samples = take(racers[0].task.train, batch)

@@ -34,6 +34,10 @@ def _memory(comparison: Comparison, result: Result) -> str:
     return f"out of memory: needs at least {bytes_text(result.memory.peak_bytes)}{budget}"
 
 
+def _predicted(_: Comparison, result: Result) -> str:
+    return bytes_text(result.memory.predicted_bytes)
+
+
 def _variance(_: Comparison, result: Result) -> str:
     return NONE if result.variance is None else with_error(result.variance.value, result.variance.standard_error)
 
@@ -77,7 +81,7 @@ def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
         ("samples per update", lambda _, result: str(result.way.update_size)),
         ("samples at once", lambda _, result: str(result.way.micro_batch_size)),
         ("learning rate", _learning_rate),
-        ("predicted peak", lambda _, result: bytes_text(result.memory.predicted_bytes)),
+        *([("predicted peak", _predicted)] if comparison.is_predicted else []),
         ("peak memory", _memory),
         ("updates", _of_course(lambda course: f"{len(course.update_seconds):,}")),
         ("time per update", _of_course(lambda course: seconds_text(course.seconds_per_update))),

@@ -57,7 +57,7 @@ def _verdict(comparison: Comparison, sign: int) -> tuple[str, str]:
         )
     if sign > 0:
         return f"Scaling the learning rate did not help {where}: it made the loss higher", (
-            f"{_lead(comparison)}{_why_not(comparison)} A rule is a first guess: try rates in between."
+            f"{_lead(comparison)}{_why_not(comparison)}A rule is a first guess: try rates in between."
         )
     behind = loss_difference(comparison, "scaled", "small")
     catches_up = {
@@ -83,14 +83,14 @@ def _lead(comparison: Comparison) -> str:
 
 def _why_not(comparison: Comparison) -> str:
     if comparison.is_coupled:
-        return "No rule knows the rate for a loss that changes with the batch."
+        return ""  # what is to be said is among the cautions
     scale, large = comparison.noise_scale, comparison.batch_size
     if is_clear(comparison.gradient_squared) and scale.value + 2 * scale.standard_error < large:
         return (
             f"Rules hold while gradients are mostly noise; of {large} samples they are not, where accumulation ended "
-            f"(noise scale {in_samples(scale.value)}). Or the rate was near its largest useful value already."
+            f"(noise scale {in_samples(scale.value)}). Or the rate was near its largest useful value already. "
         )
-    return "The rate was near its largest useful value already."
+    return "The rate was near its largest useful value already. "
 
 
 # ------------------------------------------------------------------------------------------------ the noise scale

@@ -13,7 +13,8 @@ METER_SHARE = 1.5  # work of a sample while memory is measured
 class Workload:
     """All that a comparison does. `samples`: of each run; `validations`: in the first seed's runs.
 
-    `sharpness`: of one run, in samples. `sizes`: of the updates whose gradient is drawn. With `is_coupled` their forwards run twice but for one micro-batch.
+    `sharpness`: of one run, in samples. `sizes`: of the updates whose gradient is drawn. With `is_coupled` the forwards
+    of gathered updates run twice but for one micro-batch.
     """
 
     samples: int
