@@ -17,7 +17,10 @@ from macrobatch.state import SMALL, RandomState, Slot
 
 @dataclass(eq=False)
 class Beginning:
-    """What a forward began from. `buffers`: copies, by position of the slot; `draws`: it drew random numbers."""
+    """What a forward began from. `draws`: it drew random numbers.
+
+    `buffers`: copies, by position of the slot; the same copy for modules that share a buffer, so that they go on to.
+    """
 
     random: RandomState
     buffers: dict[int, Tensor | None]
@@ -48,8 +51,9 @@ class Replay:
     def first(self) -> Iterator[Beginning]:
         """What the forward inside begins from is remembered."""
         before = self._now()
-        copies = {i: b.detach().clone() for i, (b, _) in enumerate(before) if b is not None and self._is_copied(i, b)}
-        beginning = Beginning(self._random(), {**copies})
+        copied = {i: b for i, (b, _) in enumerate(before) if b is not None and self._is_copied(i, b)}
+        copies = {id(b): b.detach().clone() for b in {id(b): b for b in copied.values()}.values()}
+        beginning = Beginning(self._random(), {i: copies[id(b)] for i, b in copied.items()})
         yield beginning
         changed = {i for i, (old, new) in enumerate(zip(before, self._now(), strict=True)) if _differ(old, new)}
         self._changing = (self._changing or set()) | {i for i in changed if not self._is_small(i, before[i][0])}
@@ -68,13 +72,10 @@ class Replay:
         """
         beginning.random.restore()
         held = {i: self._slots[i][0]._buffers.get(self._slots[i][1]) for i in beginning.buffers}
-        stand_ins: dict[int, Tensor] = {}  # by id: a buffer shared by two modules stays shared
+        stand_ins = {id(copy): None if copy is None else copy.clone() for copy in beginning.buffers.values()}
         for i, copy in beginning.buffers.items():
             module, name = self._slots[i]
-            own = held[i]
-            if copy is not None:
-                copy = stand_ins.setdefault(i if own is None else id(own), copy.clone())
-            module._buffers[name] = copy
+            module._buffers[name] = stand_ins[id(copy)]
         try:
             yield
         finally:
