@@ -60,10 +60,13 @@ def under_ddp_it_is_the_same(world: int) -> None:
 
 
 def a_rank_without_samples_takes_part(world: int) -> None:
-    sizes, model = [5, 0, 3][:world], towers(dropout=0.4)
-    expected = in_one_piece(model, sizes)
-    run(model, sizes, rng="aligned")
-    close(gradients(model), expected)
+    """Under DDP looking at what a batch draws must not communicate: this rank does not look."""
+    sizes = [5, 0, 3][:world]
+    for has_ddp in (False, True):
+        model = towers(dropout=0.4)
+        expected = in_one_piece(model, sizes)
+        run(DDP(model) if has_ddp else model, sizes, rng="aligned")
+        close(gradients(model), expected)
 
 
 def control_masks_of_their_own_differ_by_more_than_a_hundredth(world: int) -> None:

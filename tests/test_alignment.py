@@ -200,9 +200,10 @@ def test_other_options_go_with_it(options: dict[str, Any]) -> None:
 
 def test_under_autocast_and_in_bfloat16_masks_are_the_full_batchs() -> None:
     """As far from the full batch as rounding is, and much nearer than with masks of their own."""
-    for dtype, options in ((torch.float32, {"autocast": torch.bfloat16}), (torch.bfloat16, {})):
+    single, half, autocast = torch.float32, torch.bfloat16, {"autocast": torch.bfloat16}
+    for of_model, of_batch, options in ((single, single, autocast), (half, half, {}), (half, single, autocast)):
         model, x = case("perceptron")
-        model, x = model.to(dtype), x.to(dtype)
+        model, x = model.to(of_model), x.to(of_batch)
         torch.manual_seed(5)
         with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in options):
             loss = loss_sum(model, x) / N
@@ -423,6 +424,12 @@ def seeds(m: Model, x: Tensor) -> tuple[Tensor, int]:
     return loss_fn(m, x)
 
 
+def seeds_afterwards(m: Model, x: Tensor) -> tuple[Tensor, int]:
+    terms = loss_fn(m, x)
+    torch.manual_seed(0)
+    return terms
+
+
 def recomputes(m: Model, x: Tensor) -> tuple[Tensor, int]:
     return checkpoint(m, x, use_reentrant=False).square().sum(), len(x)
 
@@ -437,6 +444,13 @@ class DrawsBehind(torch.autograd.Function):
         return g * torch.rand_like(g)
 
 
+class SeedsBehind(DrawsBehind):
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return g
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
@@ -444,6 +458,7 @@ class DrawsBehind(torch.autograd.Function):
         (chooses, r"on fake tensors, which have no numbers, and there it failed, DynamicOutputShape"),
         (shuffles, r"randperm draws random numbers in a way that has no rows"),
         (seeds, r"random numbers were drawn or seeded where it could not be seen .*torch.manual_seed"),
+        (seeds_afterwards, r"random numbers were drawn or seeded where it could not be seen"),
         (recomputes, r"draws more often than the full batch, .*checkpointing"),
     ],
 )
@@ -460,14 +475,23 @@ def test_what_cannot_be_aligned_is_an_error_that_leaves_gradients_as_before(
     assert difference(gradients(model), before) == 0
 
 
-@pytest.mark.parametrize("keep", [0, 1])
-def test_random_numbers_drawn_in_backward_are_refused_there_too_where_graphs_were_kept(keep: int) -> None:
+@pytest.mark.parametrize("keep", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (DrawsBehind, "draws more often than the full batch"),
+        (SeedsBehind, "drawn or seeded where it could not"),
+    ],
+)
+def test_random_numbers_drawn_in_backward_are_refused_also_where_graphs_were_kept(
+    function: Any, message: str, keep: int
+) -> None:
     model, x = case("perceptron")
-    encodes = lambda m, b: DrawsBehind.apply(m(b))  # noqa: E731
+    encodes = lambda m, b: function.apply(m(b))  # noqa: E731
     accumulator = mb.GatheredAccumulator(
         model, encodes, lambda m, z, w: z.std(0).sum(), micro_batch_size=3, keep_graphs=keep, rng="aligned"
     )
-    with pytest.raises(ValueError, match="draws more often than the full batch"):
+    with pytest.raises(ValueError, match=message):
         accumulator.run(x)
     assert all(g is None for g in gradients(model))
 
