@@ -224,6 +224,21 @@ def test_limit_a_compiled_model_draws_what_it_draws_uncompiled() -> None:
     assert difference(gradients(model), expected) <= 1e-12
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("name", ["perceptron", "images"])
+def test_on_a_gpu_masks_are_the_full_batchs_too(name: str, coupled: bool) -> None:
+    model, x = case(name)
+    model, x = model.cuda(), x.cuda()
+    expected, _ = in_one_piece(model, x, coupled)
+    following = torch.rand(4, device="cuda")
+    run(accumulator_of(model, coupled), model, x)
+    torch.rand(4)
+    assert torch.equal(torch.rand(4, device="cuda"), following)
+    assert difference(gradients(model), expected) <= 1e-12
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Out of memory
 

@@ -20,7 +20,6 @@ from torch.amp.grad_scaler import GradScaler
 from torch.utils.data import DataLoader
 
 from macrobatch import structure
-from macrobatch.alignment import Rng
 from macrobatch.arguments import check_loss_fn
 from macrobatch.auto_size import AutoSize, refuse_coupled
 from macrobatch.batch import Cut, NumSamples, Window
@@ -84,7 +83,7 @@ class Accumulator:
         grad_dtype: torch.dtype | None = None,
         cut: Cut | None = None,
         num_samples: NumSamples | None = None,
-        rng: Rng | None = None,
+        rng: Literal["aligned"] | None = None,
         process_group: GroupChoice = AUTO,
         overlap: bool = True,
     ) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from macrobatch.accumulator import Accumulator
-from macrobatch.alignment import Rng, random_of, without_ddp
+from macrobatch.alignment import random_of, without_ddp
 from macrobatch.auto_size import AutoSize
 from macrobatch.batch import Cut, NumSamples, Window, cut_batch
 from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks
@@ -75,7 +75,7 @@ class GatheredAccumulator(Accumulator):
         grad_dtype: torch.dtype | None = None,
         cut: Cut | None = None,
         num_samples: NumSamples | None = None,
-        rng: Rng | None = None,
+        rng: Literal["aligned"] | None = None,
         process_group: GroupChoice = AUTO,
     ) -> None:
         _check_callable(encode, "encode", ("model", "micro_batch"))

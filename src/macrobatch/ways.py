@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Literal, Protocol
 
 import torch
@@ -24,7 +25,7 @@ from macrobatch.measuring import Measure
 from macrobatch.memory import memory_limit
 from macrobatch.offload import Offload
 from macrobatch.pooled_norm import pooled
-from macrobatch.recovery import Attempt, Recovery, RunAgain, is_out_of_memory
+from macrobatch.recovery import Recovery, RunAgain, is_out_of_memory
 from macrobatch.sizing import SizeLimit
 from macrobatch.structure import Nested, tensors
 from macrobatch.substitution import held_tensors
@@ -98,7 +99,7 @@ class OneByOne:
         """Forward and backward of each micro-batch, in parts where memory demands it."""
         pass_, recovery, gradients = running.pass_, running.recovery, running.gradients
         rows = self._rows(running.window, pass_)
-        step = rows.in_order(partial(pass_.forward_backward, running.reduction), _attempted)
+        step = rows.in_order(partial(pass_.forward_backward, running.reduction), attrgetter("num_samples"))
         stopwatch = running.limit.stopwatch(pass_.home)
         for micro_batch, num_samples, is_last in on_device(running.window.sized(), pass_.device):
             recovery.run(micro_batch, num_samples, is_last, step)
@@ -115,10 +116,6 @@ class OneByOne:
 
     def _rows(self, window: Window, pass_: WindowPass) -> Rows:
         return self.random(pass_.recipe, pass_.recipe.loss_fn, window, pass_.device)
-
-
-def _attempted(attempt: Attempt) -> int:
-    return attempt.num_samples
 
 
 class InLockstep:
