@@ -216,6 +216,30 @@ def test_under_autocast_and_in_bfloat16_masks_are_the_full_batchs() -> None:
         assert errors[1] > 0.1
 
 
+class TwoViews(nn.Module):
+    def __init__(self, side_by_side: bool) -> None:
+        super().__init__()
+        self.side_by_side = side_by_side
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.repeat_interleave(2, 0) if self.side_by_side else torch.cat([x, x])
+        both = self.second(F.dropout(self.first(rows), 0.4).tanh())
+        return both.view(-1, 2, 6).mean(1) if self.side_by_side else both.view(2, -1, 6).mean(0)
+
+
+def test_limit_rows_of_one_sample_must_lie_side_by_side() -> None:
+    errors = []
+    for side_by_side in (True, False):
+        torch.manual_seed(0)
+        model, x = TwoViews(side_by_side).double(), torch.randn(N, 6, dtype=torch.float64)
+        expected, _ = in_one_piece(model, x)
+        run(accumulator_of(model), model, x)
+        errors.append(difference(gradients(model), expected))
+    assert errors[0] <= 1e-12
+    assert errors[1] > 0.01
+
+
 def test_limit_a_compiled_model_draws_what_it_draws_uncompiled() -> None:
     model, x = case("perceptron")
     expected, following = in_one_piece(model, x)

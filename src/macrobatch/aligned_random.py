@@ -72,7 +72,7 @@ class AlignedRandom:
         forward that draws otherwise than the full batch did, and for draws that have no rows: those that depend on
         values (multinomial), orders (randperm), generators of their own, and kernels that draw inside (fused attention
         with dropout, cuDNN's LSTM with dropout). A forward that is run again in backward (checkpointing) draws again
-        and is refused for that.
+        and is refused for that. Several rows of one sample are taken to lie side by side (samples × heads).
         """
         if not 0 <= start < stop <= self._num_samples:
             raise ValueError(f"rows {start} to {stop} were asked of a full batch of {self._num_samples} samples")
