@@ -216,6 +216,17 @@ def test_under_autocast_and_in_bfloat16_masks_are_the_full_batchs() -> None:
         assert errors[1] > 0.1
 
 
+def test_what_the_full_batch_draws_is_asked_under_the_same_autocast() -> None:
+    model, x = case("perceptron")
+
+    def drops(m: Model, b: Tensor) -> tuple[Tensor, int]:
+        return F.dropout(m(b), 0.3 if torch.is_autocast_enabled("cpu") else 0.0).square().sum(), len(b)
+
+    accumulator = mb.Accumulator(model.float(), drops, micro_batch_size=3, rng="aligned", autocast=torch.bfloat16)
+    run(accumulator, model, x.float())
+    assert all(g is not None for g in gradients(model))
+
+
 class TwoViews(nn.Module):
     def __init__(self, side_by_side: bool) -> None:
         super().__init__()
