@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import macrobatch as mb
 from macrobatch import peak_memory
-from macrobatch.gradients import submodules
 from macrobatch.lockstep import run_in_lockstep
+from macrobatch.modules import submodules
 from macrobatch.offload import Offload
 
 SIZES = [4, 3, 2, 1]

@@ -23,6 +23,7 @@ PACKAGE = ROOT / "src" / "macrobatch"
 # A folder (cli, tasks, integrations) is one entry; inside it imports are free. A new module must be entered here.
 LEVELS = (
     # L0 values
+    ("modules",),
     (
         "containers",
         "distributed",

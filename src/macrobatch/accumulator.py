@@ -24,9 +24,10 @@ from macrobatch.arguments import check_loss_fn
 from macrobatch.auto_size import AutoSize, refuse_coupled
 from macrobatch.batch import Cut, NumSamples, Window
 from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks
-from macrobatch.gradients import Frozen, WindowGradients, modules_of, multiply_, submodules, trainable, trainable_of
+from macrobatch.gradients import WindowGradients, multiply_
 from macrobatch.grouping import Windows
 from macrobatch.measuring import Measure, check_measure
+from macrobatch.modules import Frozen, modules_of, submodules, trainable, trainable_of
 from macrobatch.recovery import Recovery, RunAgain
 from macrobatch.report import Report
 from macrobatch.searching import begin_search

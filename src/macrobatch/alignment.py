@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from macrobatch.aligned_random import AlignedRandom, Draws, recorded_draws
 from macrobatch.batch import Cut, Window
 from macrobatch.containers import is_opaque, leaves
-from macrobatch.gradients import modules_of, submodules
+from macrobatch.modules import modules_of, submodules
 from macrobatch.structure import Nested, join, map_tensors, split, tensors
 from macrobatch.substitution import Stage
 from macrobatch.window_pass import Autocast, Recipe

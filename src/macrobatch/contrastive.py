@@ -28,9 +28,10 @@ from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks
 from macrobatch.gathered_forward import Encode, Encoder
 from macrobatch.gathered_loss import GatheredLoss
 from macrobatch.gathered_window import GatheredRecipe, GatheredWindow
-from macrobatch.gradients import Frozen, WindowGradients
+from macrobatch.gradients import WindowGradients
 from macrobatch.graph_budget import SAMPLES, Needs, needs_of
 from macrobatch.measuring import Measure
+from macrobatch.modules import Frozen
 from macrobatch.rehearsal import Rehearsal
 from macrobatch.replay import Replay
 from macrobatch.report import Report

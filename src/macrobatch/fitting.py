@@ -10,7 +10,7 @@ from typing import Literal
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-from macrobatch.gradients import submodules
+from macrobatch.modules import submodules
 from macrobatch.prediction import Fit, Trace, activations_at, largest_predicted, largest_that_fits
 from macrobatch.recovery import is_out_of_memory
 from macrobatch.rehearsal import Rehearsal

@@ -14,8 +14,8 @@ from macrobatch.fitting import Account
 from macrobatch.gathered_forward import Encoder
 from macrobatch.gathered_loss import GatheredLoss, WindowLoss
 from macrobatch.gathering import Outputs
-from macrobatch.gradients import trainable
 from macrobatch.memory import MemoryMeter
+from macrobatch.modules import trainable
 from macrobatch.planning import CUDA_MARGIN
 from macrobatch.rehearsal import Rehearsal
 from macrobatch.seeds import Learned

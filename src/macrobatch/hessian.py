@@ -20,8 +20,8 @@ from macrobatch.accumulator import Accumulator
 from macrobatch.arguments import check_loss_fn
 from macrobatch.batch import Window
 from macrobatch.coupling import coupled_layers
-from macrobatch.gradients import ddp_modules, modules_of, name_of, submodules
 from macrobatch.leaves import has_nested_backward
+from macrobatch.modules import ddp_modules, modules_of, name_of, submodules
 from macrobatch.recovery import is_out_of_memory
 from macrobatch.structure import Nested
 from macrobatch.substitution import Stage

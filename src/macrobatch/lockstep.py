@@ -19,9 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from macrobatch.distributed import Ranks
-from macrobatch.gradients import submodules
 from macrobatch.joint_norm import Arrive, Normalise, Part
 from macrobatch.meeting import Instances, MeetingPlace
+from macrobatch.modules import submodules
 from macrobatch.norm_calls import (
     BatchNormCall,
     InstanceNormCall,

@@ -14,7 +14,8 @@ from torch import nn
 from macrobatch.batch import Window
 from macrobatch.devices import device_of, on_device
 from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks
-from macrobatch.gradients import WindowGradients, ddp_modules, modules_of, multiply_
+from macrobatch.gradients import WindowGradients, multiply_
+from macrobatch.modules import ddp_modules, modules_of
 from macrobatch.structure import Nested
 from macrobatch.tally import CountFn, count_window, ratio
 from macrobatch.weighting import LOSS

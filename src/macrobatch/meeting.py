@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from macrobatch.distributed import Ranks
-from macrobatch.gradients import submodules
 from macrobatch.joint_norm import (
     Join,
     Part,
@@ -19,6 +18,7 @@ from macrobatch.joint_norm import (
     normalise_together,
     update_running,
 )
+from macrobatch.modules import submodules
 from macrobatch.norm_calls import BatchNormCall, InstanceNormCall
 
 

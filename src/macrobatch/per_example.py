@@ -14,7 +14,7 @@ from macrobatch.accumulator import Accumulator
 from macrobatch.batch import check_size
 from macrobatch.containers import leaves, map_tensors
 from macrobatch.distributed import AUTO, Ranks
-from macrobatch.gradients import ddp_modules, modules_of, trainable
+from macrobatch.modules import ddp_modules, modules_of, trainable
 from macrobatch.moments import GradientMoments
 from macrobatch.structure import Nested
 from macrobatch.substitution import Stage

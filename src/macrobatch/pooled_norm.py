@@ -17,8 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from macrobatch.distributed import AUTO, GroupChoice, Ranks
-from macrobatch.gradients import modules_of, submodules
 from macrobatch.joint_norm import Moments, exact_dtype, merged_over_ranks, update_running
+from macrobatch.modules import modules_of, submodules
 from macrobatch.norm_calls import BatchNormCall, norm_call
 
 SUMS = ("pooled_count", "pooled_mean", "pooled_deviations")  # buffers of a layer while its moments are gathered

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from macrobatch import structure
 from macrobatch.batch import Cut, NumSamples
-from macrobatch.gradients import modules_of, submodules
 from macrobatch.leaves import StrayLeaves
+from macrobatch.modules import modules_of, submodules
 from macrobatch.prediction import Trace
 from macrobatch.recording import Recorder, blocks_of
 from macrobatch.structure import Nested, map_tensors, tensors

@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from macrobatch.accumulator import Accumulator
-from macrobatch.gradients import LOW_PRECISION, modules_of, name_of, norm_of, submodules, trainable
+from macrobatch.gradients import LOW_PRECISION, norm_of
+from macrobatch.modules import modules_of, name_of, submodules, trainable
 from macrobatch.report import Report
 from macrobatch.state import RandomState
 from macrobatch.structure import Nested

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from macrobatch.batch import check_size
 from macrobatch.distributed import is_distributed
-from macrobatch.gradients import modules_of, trainable
+from macrobatch.modules import modules_of, trainable
 from macrobatch.report import Report
 from macrobatch.saving import InMemory, OnDisk, check_storable
 from macrobatch.snapshots import Run, Stateful

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 
-from macrobatch.gradients import submodules
+from macrobatch.modules import submodules
 
 Slot = tuple[nn.Module, str]  # a module and the name of a buffer of it
 SMALL = 2**16  # bytes: larger buffers are copied only once they were seen to change

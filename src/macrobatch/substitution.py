@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from macrobatch.containers import map_tensors, tensors
-from macrobatch.gradients import Frozen, WindowGradients, gradient_dtype, submodules, trainable
+from macrobatch.gradients import WindowGradients, gradient_dtype
+from macrobatch.modules import Frozen, submodules, trainable
 
 Replacement = Callable[[Tensor], Tensor]
 _MAPPINGS = (dict, OrderedDict, defaultdict)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from macrobatch.batch import Window
 from macrobatch.devices import device_of
 from macrobatch.distributed import GradientReduction, GroupChoice, Ranks, is_distributed
-from macrobatch.gradients import WindowGradients, ddp_modules
+from macrobatch.gradients import WindowGradients
 from macrobatch.leaves import StrayLeaves, has_nested_backward
 from macrobatch.lockstep import Together
 from macrobatch.measuring import Measure, Measurement
+from macrobatch.modules import ddp_modules
 from macrobatch.moments import GradientMoments
 from macrobatch.recovery import Attempt
 from macrobatch.report import Report
