@@ -16,16 +16,8 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from macrobatch.cli import app, words
-from macrobatch.cli.comparison import (
-    Comparison,
-    Course,
-    Estimate,
-    Memory,
-    Result,
-    paired_difference,
-    ratio_of,
-    time_ratio,
-)
+from macrobatch.cli.comparison import Comparison, Course, Memory, Result, time_ratio
+from macrobatch.cli.estimates import Estimate, paired_difference, ratio_of
 from macrobatch.cli.figures import PLOTS, inline_svg
 from macrobatch.cli.gradient_meter import GradientMeter, RunningVariance
 from macrobatch.cli.measure import MemoryProbe, lower_bound

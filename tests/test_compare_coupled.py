@@ -18,13 +18,15 @@ from macrobatch.cli import words
 from macrobatch.cli.compare import measure
 from macrobatch.cli.compare_options import CompareOptions
 from macrobatch.cli.comparer import Comparer
-from macrobatch.cli.comparison import Comparison, Course, Estimate, Memory, PlainGradient, Repeat, Result
+from macrobatch.cli.comparison import Comparison, Course, Memory, PlainGradient, Repeat, Result
 from macrobatch.cli.coupled_meter import CoupledMeter
+from macrobatch.cli.estimates import Estimate
 from macrobatch.cli.figures import inline_svg, plots_of, save_main_picture
 from macrobatch.cli.forecasts import predicted_peak
 from macrobatch.cli.gradient_meter import GradientMeter
 from macrobatch.cli.measure import MemoryProbe
 from macrobatch.cli.progress import Progress
+from macrobatch.cli.race import Racer
 from macrobatch.cli.report import page, rows
 from macrobatch.cli.scaled_rate import RateScaling
 from macrobatch.cli.way import Key, coupled_ways, scaled_way
@@ -59,6 +61,33 @@ def test_gathered_accumulation_learns_what_the_native_batch_learns_and_plain_acc
     assert abs(losses["plain"][-1] - losses["native"][-1]) > 1e-3
     assert "Gathered accumulation equals the native large batch; it does not beat it." in said
     assert [len(result["course"]["losses"]) for result in found["results"].values()] == [15, 5, 5, 5, 5]
+
+
+def log_scale(model: Any) -> float:
+    return float(model.log_scale.detach())
+
+
+def test_each_way_learns_a_temperature_of_its_own_from_the_same_start() -> None:
+    """It is the model's: one that all ways shared would be trained by all of them in turn."""
+    task = towers(dtype="float64")
+    comparer = Comparer(task, CompareOptions(samples=60, device="cpu"))
+    progress = Progress(Console(quiet=True), comparer.work(comparer.ways))
+    begun: dict[str, float] = {}
+
+    class Watched(Racer):
+        def train_on(self, samples: Sequence[Any]) -> None:
+            begun.setdefault(self.way.key, log_scale(self.model))
+            super().train_on(samples)
+
+    with pytest.MonkeyPatch.context() as patch, progress:
+        patch.setattr("macrobatch.cli.comparer.Racer", Watched)
+        racers = comparer.train(comparer.ways, progress)
+    assert begun == dict.fromkeys(["small", "plain", "accumulated", "native", "scaled"], 1.0)
+    ended = {key: log_scale(racer.model) for key, racer in racers.items()}
+    assert ended["accumulated"] == pytest.approx(ended["native"], rel=1e-10)
+    for key in ("small", "plain", "scaled"):  # the control
+        assert abs(ended[key] - ended["native"]) > 1e-4
+    assert log_scale(task.model) == 1.0
 
 
 def test_the_gradient_of_plain_accumulation_is_another_one_and_the_gathered_one_is_the_native_one(

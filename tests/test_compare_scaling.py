@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from macrobatch import GradientNoiseScale
 from macrobatch.cli import scale_words, words
-from macrobatch.cli.comparison import Comparison, Estimate, Memory, NoisePoint, Repeat, Result
+from macrobatch.cli.comparison import Comparison, Memory, NoisePoint, Repeat, Result
 from macrobatch.cli.curvature import sharpness_of
+from macrobatch.cli.estimates import Estimate
 from macrobatch.cli.figures import PLOTS, inline_svg
 from macrobatch.cli.gradient_meter import GradientMeter
 from macrobatch.cli.race import Racer

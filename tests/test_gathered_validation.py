@@ -1,6 +1,7 @@
 """Held-out values that compare all samples: the loss over all of them at once, and the jackknife for its error."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -8,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from own_tasks import line
-from own_towers import encode, info_nce, towers
+from own_towers import encode, first, info_nce, towers
 from torch import Tensor, nn
 
 from macrobatch import RowBlocks
-from macrobatch.cli.comparison import paired_difference
+from macrobatch.cli.estimates import paired_difference
 from macrobatch.cli.gathered_validation import MOST_GROUPS
 from macrobatch.cli.validation import Validation, validate, validation_batches
 from macrobatch.tasks import Task
@@ -72,6 +73,9 @@ def test_the_model_is_in_eval_mode_without_gradients_and_its_mode_is_put_back() 
     validated(task)
     assert set(seen) == {(False, False)}
     assert task.model.training
+    task.model.eval()
+    validated(task)
+    assert not task.model.training
     assert all(torch.equal(buffer, before[name]) for name, buffer in task.model.named_buffers())
 
 
@@ -84,15 +88,32 @@ def test_a_stop_ends_after_a_micro_batch_and_the_loss_is_over_what_was_seen() ->
 
 
 def test_autocast_reaches_the_encoder_and_the_loss() -> None:
-    seen: list[torch.dtype] = []
+    seen: set[tuple[str, bool, torch.dtype]] = set()
+
+    def note(name: str, outputs: Any) -> None:
+        """The towers end in bfloat16; products of what is float32 are so only within autocast."""
+        product = outputs["left"].float() @ outputs["right"].float().T
+        seen.add((name, torch.is_autocast_enabled("cpu"), product.dtype))
+
+    def watched_encode(model: Any, micro_batch: Any) -> Any:
+        outputs = encode(model, micro_batch)
+        note("encode", outputs)
+        return outputs
 
     def watched(model: Any, outputs: Any, window: Any) -> Tensor:
-        seen.append((outputs["left"] @ outputs["right"].T).dtype)
+        note("loss", outputs)
         return info_nce(model, outputs, window)
 
-    task = replace(towers(size=100), loss_fn=watched)
+    def metric(model: Any, outputs: Any) -> Any:
+        note("metric", outputs)
+        return first(model, outputs)
+
+    task = replace(towers(size=100), encode=watched_encode, loss_fn=watched, metrics={"recall@1": metric})
     loss = validated(task, autocast=torch.bfloat16).loss
-    assert set(seen) == {torch.bfloat16}
+    assert seen == {(name, True, torch.bfloat16) for name in ("encode", "loss", "metric")}
+    seen.clear()
+    validated(task)
+    assert seen == {(name, False, torch.float32) for name in ("encode", "loss", "metric")}  # the control
     assert 0 < abs(loss - validated(replace(task, loss_fn=info_nce)).loss) < 0.05
 
 
@@ -111,27 +132,75 @@ def test_a_loss_in_blocks_of_rows_is_the_same() -> None:
 # ---- the jackknife
 
 
-def test_the_standard_error_of_a_paired_difference_is_the_jackknife_s() -> None:
-    one, other = towers(size=160, dtype="float64"), towers(size=160, dtype="float64")
+def two_models(size: int) -> tuple[Task, Task]:
+    """The same task with two models."""
+    one, other = towers(size=size, dtype="float64"), towers(size=size, dtype="float64")
     torch.manual_seed(5)
     with torch.no_grad():
         for p in other.model.parameters():
             p += 0.1 * torch.randn_like(p)
+    return one, other
+
+
+def without_each(one: Task, other: Task, groups: Sequence[Tensor]) -> list[float]:
+    """The difference of the losses over all held-out samples but those of a group, for each group."""
+    everything = torch.cat([*groups]).tolist()
+    kept = [torch.tensor([i for i in everything if i not in group]) for group in groups]
+    return [brute_force(one, keep) - brute_force(other, keep) for keep in kept]
+
+
+def test_the_standard_error_of_a_paired_difference_is_the_jackknife_s() -> None:
+    one, other = two_models(160)
     _, n = held_out(one)
     assert n == 32
     found = paired_difference(validated(one), validated(other))
-    groups = [torch.arange(n)[start : start + 2] for start in range(0, n, 2)]
-    assert len(groups) == MOST_GROUPS
-    left_out = []
-    for group in groups:
-        keep = torch.tensor([i for i in range(n) if i not in group])
-        left_out.append(brute_force(one, keep) - brute_force(other, keep))
+    groups = torch.arange(n).split(2)
+    assert len(groups) == MOST_GROUPS == 16
+    left_out = without_each(one, other, groups)
     mean = sum(left_out) / len(groups)
     # Efron and Tibshirani 1993, 11.5, over groups.
     variance = (len(groups) - 1) / len(groups) * sum((value - mean) ** 2 for value in left_out)
     assert found.standard_error == pytest.approx(math.sqrt(variance), rel=1e-9)
     everything = torch.arange(n)
     assert found.value == pytest.approx(brute_force(one, everything) - brute_force(other, everything), rel=1e-9)
+
+
+def test_groups_of_unlike_size_count_by_their_samples() -> None:
+    """Busing, Meijer and van der Leeden 1999: with h_j = n / m_j, t_j* = h_j t - (h_j - 1) t_(-j) and
+
+    J = g t - sum_j (1 - m_j / n) t_(-j),   variance = 1/g sum_j (t_j* - J)^2 / (h_j - 1)
+    """
+    one, other = two_models(170)
+    _, n = held_out(one)
+    sizes = [3] * 10 + [2] * 2
+    assert n == sum(sizes) == 34
+    found, (mine, theirs) = validated(one), (validated(one), validated(other))
+    assert list(found.weights) == sizes
+    groups = torch.arange(n).split(sizes)
+    whole = brute_force(one, torch.arange(n)) - brute_force(other, torch.arange(n))
+    left_out, g = without_each(one, other, groups), len(sizes)
+    pseudo = [n / m * whole - (n / m - 1) * without for m, without in zip(sizes, left_out, strict=True)]
+    centre = g * whole - sum((1 - m / n) * without for m, without in zip(sizes, left_out, strict=True))
+    variance = sum((value - centre) ** 2 / (n / m - 1) for m, value in zip(sizes, pseudo, strict=True)) / g
+    assert paired_difference(mine, theirs).standard_error == pytest.approx(math.sqrt(variance), rel=1e-9)
+    differences = [a - b for a, b in zip(mine.losses, theirs.losses, strict=True)]
+    assert differences == pytest.approx(pseudo, rel=1e-7)
+    # The controls: all groups taken for equally large, in the pseudo-values, and in their spread.
+    alike = [g * whole - (g - 1) * without for without in left_out]
+    assert max(abs(a - b) for a, b in zip(alike, pseudo, strict=True)) > 0.01 * math.sqrt(variance)
+    unweighted = sum((value - sum(pseudo) / g) ** 2 for value in pseudo) / (g * (g - 1))
+    assert abs(unweighted / variance - 1) > 0.01
+
+
+def test_each_value_is_computed_once_over_all_samples_and_once_without_each_group() -> None:
+    seen: list[int] = []
+
+    def watched(model: Any, outputs: Any, window: Any) -> Tensor:
+        seen.append(len(outputs["left"]))
+        return info_nce(model, outputs, window)
+
+    validated(replace(towers(size=170), loss_fn=watched))
+    assert sorted(seen) == [31] * 10 + [32] * 2 + [34]
 
 
 def test_where_the_loss_is_a_mean_over_samples_a_pseudo_value_is_the_mean_over_its_group() -> None:

@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset, default_collate
 
 import macrobatch as mb
 from macrobatch.cli.learner import accumulator_of
+from macrobatch.cli.setup import place_constants
 from macrobatch.structure import tensors
 from macrobatch.tasks import Task, load_task, parse_task_option, task_names
 from macrobatch.tasks.code_lm import MAX_FILE_BYTES, ByteContexts, is_validation, source_files
@@ -370,3 +371,43 @@ def test_a_task_that_cannot_train_is_an_error(change: dict[str, Any], message: s
     task = load_task("digits", width=2)
     with pytest.raises(ValueError, match=message):
         make(task, **change)
+
+
+class Scaled(nn.Module):
+    """A function with a temperature of its own, learned or not, and class weights."""
+
+    def __init__(self, *, learned: bool = True) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(1.0), requires_grad=learned)
+        self.register_buffer("class_weights", torch.ones(3))
+
+    def forward(self, model: nn.Module, micro_batch: Any) -> Any:
+        """The loss, scaled."""
+        return model(micro_batch[0]).sum() * self.log_scale.exp(), len(micro_batch[0])
+
+    method = forward
+
+
+@pytest.mark.parametrize("method", [False, True])
+@pytest.mark.parametrize("field", ["loss_fn", "encode", "metrics"])
+def test_what_learns_outside_of_the_model_is_an_error_and_constants_are_not(field: str, method: bool) -> None:
+    make: Callable[..., Task] = replace
+    task = load_task("digits", width=2)
+
+    def with_module(module: Scaled) -> Task:
+        function = module.method if method else module
+        return make(task, **{field: {"scale": function} if field == "metrics" else function})
+
+    name = "scale" if field == "metrics" else field
+    with pytest.raises(
+        ValueError,
+        match=rf"task 'digits': {name} has a trainable parameter of its own, log_scale; what learns belongs into the "
+        r"task's model, because every run of a comparison trains a copy of the model: make it model\.log_scale",
+    ):
+        with_module(Scaled())
+    frozen = with_module(Scaled(learned=False))
+    assert list(frozen.modules) == [name]
+    place_constants(frozen, torch.device("meta"))
+    module = frozen.modules[name]
+    assert {tensor.device.type for tensor in [*module.parameters(), *module.buffers()]} == {"meta"}
+    assert next(frozen.model.parameters()).device.type == "cpu"

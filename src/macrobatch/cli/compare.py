@@ -12,7 +12,8 @@ from torch import nn
 
 from macrobatch.cli.compare_options import CompareOptions
 from macrobatch.cli.comparer import Comparer
-from macrobatch.cli.comparison import Comparison, Estimate, Result
+from macrobatch.cli.comparison import Comparison, Result
+from macrobatch.cli.estimates import Estimate
 from macrobatch.cli.figures import save_main_picture
 from macrobatch.cli.formats import bytes_text, counted, duration_text
 from macrobatch.cli.gradient_meter import GradientStatistics

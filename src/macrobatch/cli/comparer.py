@@ -43,6 +43,7 @@ class Comparer:
     def __init__(self, task: Task, options: CompareOptions) -> None:
         self.task, self.options = task, options
         self.device = setup.device_named(options.device)
+        setup.place_constants(task, self.device)
         self.data_size, self.is_coupled = num_samples(task.train, "train"), task.encode is not None
         self.batch_size = options.batch_size or min(task.batch_size, self.data_size)
         self.max_memory = None if options.max_memory is None else budget_bytes(options.max_memory, self.device)
@@ -214,6 +215,7 @@ class Comparer:
 
     def repeat(self, task: Task, seed: int, ways: Sequence[Way], progress: Progress) -> Repeat:
         """The end of `ways` with another seed, of the weights of `task` and of the order of samples."""
+        setup.place_constants(task, self.device)
         note = f", seed {seed}"
         racers = self._race(task, self.repeated(ways), seed, {len(self.update_sizes)}, progress, note)
         sharp = self.sharpness(racers, progress, note)

@@ -5,18 +5,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from macrobatch.cli.estimates import Estimate, relative_error
 from macrobatch.cli.scaled_rate import RateScaling
 from macrobatch.cli.validation import Validation
 from macrobatch.cli.way import Key, Way
 from macrobatch.sharpness import Sharpness
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A measured number and its standard error."""
-
-    value: float
-    standard_error: float
 
 
 @dataclass(frozen=True)
@@ -195,31 +188,7 @@ class Comparison:
         if squared.value <= 0:
             return Estimate(math.inf, math.nan)
         value = factor * small.value / squared.value
-        return Estimate(value, abs(value) * _relative_error(small, squared))
-
-
-def paired_difference(one: Validation, other: Validation) -> Estimate:
-    """Mean loss of `one` minus that of `other` over the same held-out samples, with its paired standard error."""
-    differences = [a - b for a, b in zip(one.losses, other.losses, strict=True)]
-    return Estimate(one.loss - other.loss, _error_of_mean(differences, one.weights))
-
-
-def paired_metric(one: Validation, other: Validation, name: str) -> Estimate:
-    """The same of a metric; without an error where its parts are not known."""
-    parts = (one.parts_of_metrics.get(name, ()), other.parts_of_metrics.get(name, ()))
-    differences = [a - b for a, b in zip(*parts, strict=True)]
-    weights = one.weights if differences else ()
-    return Estimate(one.metrics[name] - other.metrics[name], _error_of_mean(differences, weights))
-
-
-def _error_of_mean(values: Sequence[float], weights: Sequence[float]) -> float:
-    """The standard error of the weighted mean of independent values; NaN for fewer than two."""
-    total, count = sum(weights), len(values)
-    if count < 2 or not total:
-        return math.nan
-    mean = sum(w * value for w, value in zip(weights, values, strict=True)) / total
-    spread = sum((w * (value - mean)) ** 2 for w, value in zip(weights, values, strict=True)) / total**2
-    return math.sqrt(spread * count / (count - 1))
+        return Estimate(value, abs(value) * relative_error(small, squared))
 
 
 def time_ratio(one: Course, other: Course) -> Estimate:
@@ -232,18 +201,6 @@ def time_ratio(one: Course, other: Course) -> Estimate:
     middle = statistics.median(ratios)
     deviation = 1.4826 * statistics.median(abs(ratio - middle) for ratio in ratios)
     return Estimate(middle, 1.2533 * deviation / math.sqrt(len(ratios)))
-
-
-def ratio_of(one: Estimate, other: Estimate) -> Estimate:
-    """`one / other`, their errors taken as independent."""
-    value = one.value / other.value if other.value else math.nan
-    return Estimate(value, abs(value) * _relative_error(one, other))
-
-
-def _relative_error(one: Estimate, other: Estimate) -> float:
-    if not one.value or not other.value:
-        return math.nan
-    return math.hypot(one.standard_error / one.value, other.standard_error / other.value)
 
 
 def _steady(values: Sequence[float]) -> Sequence[float]:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from macrobatch.cli.comparison import Estimate, PlainGradient
+from macrobatch.cli.comparison import PlainGradient
+from macrobatch.cli.estimates import Estimate
 from macrobatch.cli.gradient_meter import Gradient, GradientStatistics, RunningVariance, mean_of, relative_difference
 from macrobatch.cli.learner import accumulated_plainly
 from macrobatch.cli.sampling import take

@@ -1,6 +1,7 @@
 """What a comparison says of a loss that compares the samples of an update, drawn from the numbers."""
 
-from macrobatch.cli.comparison import Comparison, ratio_of
+from macrobatch.cli.comparison import Comparison
+from macrobatch.cli.estimates import ratio_of
 from macrobatch.cli.finding import Finding, course_of, is_clear, loss_difference, metrics_text
 from macrobatch.cli.formats import number_text, with_error
 

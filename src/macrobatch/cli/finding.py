@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from macrobatch.cli.comparison import Comparison, Course, Estimate, paired_difference, paired_metric
+from macrobatch.cli.comparison import Comparison, Course
+from macrobatch.cli.estimates import Estimate, paired_difference, paired_metric
 from macrobatch.cli.formats import number_text, with_error
 from macrobatch.cli.seeds import interval_of
 from macrobatch.cli.way import Key

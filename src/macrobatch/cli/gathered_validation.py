@@ -70,9 +70,9 @@ class GatheredValidation:
         """The value over all samples."""
         return function(self.outputs)
 
-    def parts(self, function: Value) -> list[float]:
-        """The pseudo-value of each group; of a single sample the value itself."""
-        n, whole, start, found = self.num_samples, self.whole(function), 0, []
+    def parts(self, function: Value, whole: float) -> list[float]:
+        """The pseudo-value of each group, given the value over all samples; of a single sample that value."""
+        n, start, found = self.num_samples, 0, list[float]()
         if n == 1:
             return [whole]
         for size in self.sizes:

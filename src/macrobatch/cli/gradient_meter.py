@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from macrobatch.cli.comparison import Estimate, PlainGradient
+from macrobatch.cli.comparison import PlainGradient
+from macrobatch.cli.estimates import Estimate
 from macrobatch.cli.learner import accumulator_of
 from macrobatch.cli.measure import window_of
 from macrobatch.cli.sampling import take

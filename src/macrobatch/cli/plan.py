@@ -54,6 +54,7 @@ def planned(task: Task, options: PlanOptions, device: torch.device) -> Plan:
     batch_size = options.batch_size or min(task.batch_size, data_size)
     if batch_size > data_size:
         raise ValueError(f"--batch-size {batch_size} is more than the {data_size} training samples of {task.name}")
+    setup.place_constants(task, device)
     model, autocast = task.model.to(device), setup.autocast_dtype(options.precision)
     optimizer = task.make_optimizer(model, task.learning_rate)
     if task.encode is not None:

@@ -45,6 +45,7 @@ class Run:
         self.batch_plan = run_options.batch_plan(task, options, self.data_size)
         self.batch_size = max(self.batch_plan.sizes)
         self.model = task.model.to(self.device)
+        setup.place_constants(task, self.device)
         self.schedule = self.batch_plan.schedule(run_options.tokens_per_sample(task))
         self.sizes = run_options.update_sizes(self.schedule, options, self.data_size)
         self.base_batch_size = run_options.base_batch_size(task, options, self.schedule.batch_size)

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler
 
 from macrobatch import warmup as rising_from
+from macrobatch.tasks import Task
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -19,6 +20,12 @@ def device_named(name: Device) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu, or auto")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def place_constants(task: Task, device: torch.device) -> None:
+    """What a task's loss, `encode` and metrics hold, class weights for instance, is on the device; not the model."""
+    for module in task.modules.values():
+        module.to(device)
 
 
 def autocast_dtype(precision: Precision) -> torch.dtype | None:

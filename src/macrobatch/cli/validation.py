@@ -93,8 +93,8 @@ def _over_micro_batches(
 
 
 def _over_all_outputs(held_out: GatheredValidation) -> Validation:
-    parts = {name: held_out.parts(function) for name, function in held_out.functions.items()}
     wholes = {name: held_out.whole(function) for name, function in held_out.functions.items()}
+    parts = {name: held_out.parts(function, wholes[name]) for name, function in held_out.functions.items()}
     losses = parts.pop("")
     sizes = [float(size) for size in held_out.sizes]
     return Validation(wholes.pop(""), wholes, losses, sizes, held_out.num_samples, parts)

@@ -1,7 +1,8 @@
 """The reading of a comparison in words, every one of them drawn from the numbers and their uncertainty."""
 
 from macrobatch.cli import coupled_words
-from macrobatch.cli.comparison import Comparison, Estimate, ratio_of, time_ratio
+from macrobatch.cli.comparison import Comparison, time_ratio
+from macrobatch.cli.estimates import Estimate, ratio_of
 from macrobatch.cli.finding import CLEAR, EQUAL_LOSS, Finding, accumulation, course_of, is_clear, loss_difference
 from macrobatch.cli.formats import bytes_text, number_text, seconds_text, with_error
 from macrobatch.cli.scale_words import noise, scaled_rate, sharpness

@@ -22,6 +22,7 @@ class Task:
     of `metrics`, by its name, returns `(sum, weight)` likewise and is averaged over the whole validation data.
     With `encode(model, micro_batch)` the task is for GatheredAccumulator: `loss_fn(model, outputs, window)` and
     `metric(model, outputs)` see the outputs of all samples at once.
+    Whatever learns is in `model`; a loss, `encode` or metric that is a module may hold constants (class weights).
     `learning_rate` was tuned at `base_batch_size`.
     """
 
@@ -42,12 +43,20 @@ class Task:
 
     def __post_init__(self) -> None:
         _check_kinds(self)
+        _check_learned(self)
         for name in ("train", "validation"):
             if num_samples(getattr(self, name), name) == 0:
                 raise ValueError(f"task {self.name!r}: the {name} data is empty; at least one sample is needed")
         for name in ("learning_rate", "base_batch_size", "batch_size", "micro_batch_size"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"task {self.name!r}: {name} must be above 0, got {getattr(self, name)!r}")
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Loss, `encode` and metrics that are modules, or methods of one, by name: `model` is not among them."""
+        found = {"loss_fn": self.loss_fn, "encode": self.encode, **self.metrics}
+        owners = {name: getattr(function, "__self__", function) for name, function in found.items()}
+        return {name: owner for name, owner in owners.items() if isinstance(owner, nn.Module)}
 
 
 def num_samples(dataset: Dataset[Any], name: str) -> int:
@@ -70,3 +79,15 @@ def _check_kinds(task: Task) -> None:
     for name, function in functions.items():
         if not callable(function):
             raise ValueError(f"task {task.name!r}: {name} must be a function, got {type(function).__name__}")
+
+
+def _check_learned(task: Task) -> None:
+    """ValueError where something else than the model learns: it would be one for all the copies of the model."""
+    for name, module in task.modules.items():
+        learned = next((own for own, p in module.named_parameters() if p.requires_grad), None)
+        if learned is not None:
+            raise ValueError(
+                f"task {task.name!r}: {name} has a trainable parameter of its own, {learned}; what learns belongs into "
+                "the task's model, because every run of a comparison trains a copy of the model: make it "
+                "model.log_scale, for instance, and let the function read it off the model it is given, or freeze it"
+            )
