@@ -30,6 +30,7 @@ from macrobatch.cli.race import Racer
 from macrobatch.cli.report import page, rows
 from macrobatch.cli.scaled_rate import RateScaling
 from macrobatch.cli.way import Key, coupled_ways, scaled_way
+from macrobatch.cli.workload import Workload
 from macrobatch.tasks import Task, load_task
 
 TOWERS = ["--task", "own_towers:towers", "--device", "cpu"]
@@ -144,6 +145,61 @@ def test_the_work_that_is_announced_is_the_work_that_is_done(monkeypatch: pytest
     ((done, total),) = ended
     assert done == pytest.approx(total, rel=1e-9)
     assert total == pytest.approx(comparer.work(comparer.ways))
+
+
+@pytest.mark.parametrize("micro_batch_size", [4, 5, 12])
+def test_the_work_of_an_update_is_that_of_its_forwards_and_backwards(micro_batch_size: int) -> None:
+    """A forward is a third of the work of both, and gathered updates run all but one micro-batch forward twice."""
+    seen: list[int] = []
+
+    def watched(model: Any, micro_batch: Any) -> Any:
+        seen.append(len(micro_batch[0]))
+        return encode(model, micro_batch)
+
+    task = replace(towers(), encode=watched)
+    samples = [task.train[index] for index in range(24)]
+    workload = Workload(
+        samples=24,
+        validations=3,
+        held_out=12,
+        draws=8,
+        sizes=[micro_batch_size, 12],
+        micro_batch_size=micro_batch_size,
+        sharpness=0.0,
+        seeds=2,
+        is_coupled=True,
+    )
+    work: dict[Key, float] = {}
+    for way in coupled_ways(12, micro_batch_size):
+        racer = Racer(task, way, 0.01, CPU)
+        seen.clear()
+        racer.train_on(samples[:12])
+        racer.train_on(samples[12:])
+        work[way.key] = sum(seen) / 3 + 24 * 2 / 3
+        assert workload.update(way, 24) == pytest.approx(work[way.key])
+    assert work["native"] == work["plain"] == pytest.approx(24)
+    again = {4: 16, 5: 16, 12: 0}[micro_batch_size]  # of 12: all but the last 4, and none where it is one
+    assert work["accumulated"] == pytest.approx(24 + again / 3)
+
+
+def test_the_work_of_a_whole_comparison_is_what_it_is_by_hand() -> None:
+    workload = Workload(
+        samples=24,
+        validations=3,
+        held_out=12,
+        draws=8,
+        sizes=[4, 12],
+        micro_batch_size=4,
+        sharpness=0.0,
+        seeds=2,
+        is_coupled=True,
+    )
+    ways = coupled_ways(12, 4)
+    memory = 2 * 1.5 * (4 + 12 + 12 + 12)
+    trained = 24 * (1 + 1 + (1 + 2 / 9) + 1) + 4 * 3 * 12 / 3
+    drawn = 8 * (4 + 12 * (1 + 2 / 9) + 12 + 12)  # both sizes gathered, the larger one plainly and natively
+    repeated = 24 * (1 + 1 + (1 + 2 / 9)) + 3 * 2 * 12 / 3  # all but the native batch, validated twice
+    assert workload.total(ways, ways, ways[:3]) == pytest.approx(memory + trained + drawn + repeated)
 
 
 def test_a_native_batch_that_does_not_fit_says_so_and_plain_accumulation_is_held_against_the_gathered_one(
@@ -396,6 +452,39 @@ def test_the_words_change_with_the_numbers(changed: Comparison, said: str, said_
     assert said_no_more not in said_of(changed)
     assert said not in said_of(coupled())
     assert said_no_more in said_of(coupled())
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch_size", "of_plain", "of_small"),
+    [(12, 5, [4, 4, 4], [5, 5, 2]), (12, 4, [4, 4, 4], [4, 4, 4]), (13, 5, [5, 4, 4], [5, 5, 3])],
+)
+def test_the_words_name_as_many_samples_as_the_losses_compare(
+    batch_size: int, micro_batch_size: int, of_plain: list[int], of_small: list[int]
+) -> None:
+    seen: list[int] = []
+
+    def watched(model: Any, outputs: Any, window: Any) -> Tensor:
+        seen.append(len(outputs["left"]))
+        return info_nce(model, outputs, window)
+
+    task = replace(towers(), loss_fn=watched)
+    ways = coupled_ways(batch_size, micro_batch_size)
+    for way, sizes in zip(ways, (of_small, of_plain, [batch_size], [batch_size]), strict=True):
+        seen.clear()
+        Racer(task, way, 0.01, CPU).train_on([task.train[index] for index in range(batch_size)])
+        assert way.compared(batch_size) == seen == sizes
+    base = coupled()
+    results = {way.key: replace(base.results[way.key], way=way) for way in ways}
+    variances = {micro_batch_size: Estimate(0.8, 0.02), batch_size: Estimate(0.2, 0.02)}
+    text = said_of(
+        replace(base, batch_size=batch_size, micro_batch_size=micro_batch_size, results=results, variances=variances)
+    )
+    plain, small = (f"{min(n)} to {max(n)}" if min(n) < max(n) else f"{n[0]}" for n in (of_plain, of_small))
+    assert f"in each of which {plain} samples are compared with one another" in text
+    assert f"each of a loss that compares {small} samples instead of {batch_size}." in text
+    # The law of means is held against plain accumulation only where its parts are small batches.
+    assert ("agrees with" in text or "does not agree with" in text) == (batch_size % micro_batch_size == 0)
+    assert (f"its parts are of {plain} samples and not of {micro_batch_size}" in text) != ("agree" in text)
 
 
 def test_over_seeds_the_differences_of_loss_and_metrics_have_intervals() -> None:

@@ -1,31 +1,46 @@
 """What a comparison says of a loss that compares the samples of an update, drawn from the numbers."""
 
-from macrobatch.cli.comparison import Comparison
-from macrobatch.cli.estimates import ratio_of
-from macrobatch.cli.finding import Finding, course_of, is_clear, loss_difference, metrics_text
+from macrobatch.cli.comparison import Comparison, Course
+from macrobatch.cli.estimates import Estimate, ratio_of
+from macrobatch.cli.finding import Difference, Finding, course_of, is_clear, loss_difference, metrics_text
 from macrobatch.cli.formats import number_text, with_error
+from macrobatch.cli.way import Key
 
 
 def plain_accumulation(comparison: Comparison) -> Finding | None:
     """That plain accumulation has another loss and gradient, and what came of it."""
-    plain, gathered = course_of(comparison, "plain"), course_of(comparison, "accumulated")
-    if plain is None or gathered is None:
+    found = _against_gathered(comparison, "plain")
+    if found is None:
         return None
-    difference = loss_difference(comparison, "plain", "accumulated")
+    plain, gathered, difference = found
     title = {
         -1: "Plain accumulation optimises another loss; its held-out loss came out lower here",
         0: "Plain accumulation optimises another loss; which one learned more, this comparison does not tell",
         1: "Plain accumulation optimises another loss; its held-out loss came out higher here",
     }[difference.sign]
-    small, large = comparison.micro_batch_size, comparison.batch_size
     return Finding(
         title,
-        f"It takes the mean of the losses of micro-batches, in each of which {small} samples are compared with one "
-        f"another; gathered accumulation compares the {large} of the whole update, as the native batch does."
+        f"It takes the mean of the losses of micro-batches, in each of which {_compared(comparison, 'plain')} samples "
+        f"are compared with one another; gathered accumulation compares the {comparison.batch_size} of the whole "
+        f"update, as the native batch does."
         f"{_gradient(comparison)} Held-out loss over {gathered.final.num_samples:,} samples at once after the same "
         f"{comparison.samples:,}: {plain.final.loss:.4f} against {gathered.final.loss:.4f} (difference "
         f"{difference.text}).{metrics_text(comparison, 'plain', 'accumulated')}{_before(comparison)}",
     )
+
+
+def _against_gathered(comparison: Comparison, key: Key) -> tuple[Course, Course, Difference] | None:
+    """The training of a way and of gathered accumulation, and by how much the first one's held-out loss is higher."""
+    one, gathered = course_of(comparison, key), course_of(comparison, "accumulated")
+    if one is None or gathered is None:
+        return None
+    return one, gathered, loss_difference(comparison, key, "accumulated")
+
+
+def _compared(comparison: Comparison, key: Key) -> str:
+    """How many samples the losses of a way compare with one another: from the fewest to the most."""
+    sizes = comparison.results[key].way.compared(comparison.batch_size)
+    return f"{max(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
 
 
 def _before(comparison: Comparison) -> str:
@@ -51,10 +66,10 @@ def _gradient(comparison: Comparison) -> str:
 
 def small_batch(comparison: Comparison) -> Finding | None:
     """What the small batch learned from the same samples, of which it compares few."""
-    small, large = course_of(comparison, "small"), course_of(comparison, "accumulated")
-    if small is None or large is None:
+    found = _against_gathered(comparison, "small")
+    if found is None:
         return None
-    difference = loss_difference(comparison, "small", "accumulated")
+    small, large, difference = found
     title = {
         -1: "From the same samples at the same learning rate, the small batch reached the lower held-out loss",
         0: "From the same samples at the same learning rate, small and large batch are not clearly apart",
@@ -65,8 +80,8 @@ def small_batch(comparison: Comparison) -> Finding | None:
         f"Small batch against gathered accumulation: held-out loss {small.final.loss:.4f} against "
         f"{large.final.loss:.4f} (difference {difference.text}).{metrics_text(comparison, 'small', 'accumulated')} It "
         f"made {len(small.update_seconds):,} updates for {len(large.update_seconds):,}, each of a loss that compares "
-        f"{comparison.micro_batch_size} samples instead of {comparison.batch_size}. The two differ in their loss, in "
-        "their number of updates and in the rate that suits them; which of these it was, one rate does not tell.",
+        f"{_compared(comparison, 'small')} samples instead of {comparison.batch_size}. The two differ in their loss, "
+        "in their number of updates and in the rate that suits them; which of these it was, one rate does not tell.",
     )
 
 
@@ -77,17 +92,27 @@ def variance(comparison: Comparison) -> Finding | None:
     plain = comparison.results["plain"].variance
     if small is None or large is None or plain is None:
         return None
-    measured, of_plain = ratio_of(large, small), ratio_of(plain, small)
-    expected = comparison.expected_variance_ratio(size, base)
-    agrees = "does not agree" if is_clear(of_plain, expected) else "agrees"
+    measured = ratio_of(large, small)
     return Finding(
         "One over the batch size is no law for the variance of this gradient",
         f"From {base} to {size} samples it becomes {with_error(measured.value, measured.standard_error)} of what it "
         f"was, by gathered accumulation. The law is one of means over independent parts, and so of plain accumulation: "
-        f"{with_error(of_plain.value, of_plain.standard_error)}, which {agrees} with {expected:.4f} "
-        f"(1/{size / base:.3g}, corrected for drawing without replacement from {comparison.data_size:,}). Where a "
-        "sample is compared with all others, a larger update has another loss, another mean gradient and another "
-        "variance: nothing is expected of it.",
+        f"{_variance_of_plain(comparison, ratio_of(plain, small))}. Where a sample is compared with all others, a "
+        "larger update has another loss, another mean gradient and another variance: nothing is expected of it.",
+    )
+
+
+def _variance_of_plain(comparison: Comparison, found: Estimate) -> str:
+    """The variance of a mean over parts against that of the small batch, of which the law speaks if they are alike."""
+    base, size, parts = comparison.micro_batch_size, comparison.batch_size, _compared(comparison, "plain")
+    said = with_error(found.value, found.standard_error)
+    if parts != str(base):
+        return f"{said}, which says nothing of it here, because its parts are of {parts} samples and not of {base}"
+    expected = comparison.expected_variance_ratio(size, base)
+    agrees = "does not agree" if is_clear(found, expected) else "agrees"
+    return (
+        f"{said}, which {agrees} with {expected:.4f} (1/{size / base:.3g}, corrected for drawing without replacement "
+        f"from {comparison.data_size:,})"
     )
 
 

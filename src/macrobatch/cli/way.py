@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from macrobatch.cli.learner import accumulated_plainly
+from macrobatch.structure import even_sizes
 from macrobatch.tasks import Task
 
 Key = Literal["small", "plain", "accumulated", "native", "scaled"]
@@ -17,6 +18,14 @@ class Way:
     name: str
     update_size: int
     micro_batch_size: int
+
+    def compared(self, num_samples: int) -> list[int]:
+        """How many samples each loss compares with one another while so many are learned, if it does compare them."""
+        starts = range(0, num_samples, self.update_size)
+        updates = [min(self.update_size, num_samples - start) for start in starts]
+        if self.key != "plain":
+            return updates
+        return [n for update in updates for n in even_sizes(update, self.micro_batch_size)]
 
 
 def three_ways(batch_size: int, micro_batch_size: int) -> tuple[Way, Way, Way]:

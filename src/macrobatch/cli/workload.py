@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from macrobatch.cli.way import Way
+from macrobatch.structure import even_sizes
 
 FORWARD_SHARE = 1 / 3  # of the work of forward and backward
 METER_SHARE = 1.5  # work of a sample while memory is measured
@@ -58,4 +59,4 @@ class Workload:
 
     def _twice(self, size: int) -> float:
         """The work of a sample whose forward runs once more, unless it is in the last of the micro-batches."""
-        return 1 + FORWARD_SHARE * max(size - self.micro_batch_size, 0) / size
+        return 1 + FORWARD_SHARE * (size - even_sizes(size, self.micro_batch_size)[-1]) / size
