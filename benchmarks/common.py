@@ -41,13 +41,13 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(results: Mapping[str, Any], path: Path | None) -> None:
+def write(results: Mapping[str, Any], path: Path | None, indent: int | None = 2) -> None:
     """The file holds the results, whole: a run that is stopped leaves the one before. Nothing without a path."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    beside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    beside.write_text(json.dumps(results, indent=indent) + "\n", encoding="utf-8")
     beside.replace(path)
 
 

@@ -15,9 +15,7 @@ updates, gathered against native; and five updates within a budget that native 6
 Every finished run is saved: started again, it goes on from there. Results with machine and versions in --output.
 """
 
-import argparse
 import json
-import platform
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import machine, parsed, parser, write
 from torch import Tensor
 from torch.optim import AdamW
 from torch.utils.data import default_collate
@@ -248,28 +247,23 @@ def differences(saved: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run what is missing, save after each run, print what it says."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--max-pairs", type=int, help="train on the first so many pairs only")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/embeddings.json"))
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    command_line = parser(__doc__, output=Path("benchmarks/results/embeddings.json"), seeds=3)
+    command_line.set_defaults(threads=2)
+    command_line.add_argument("--max-pairs", type=int, help="train on the first so many pairs only")
+    arguments = parsed(command_line)
     saved: dict[str, Any] = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     setting = Setting(arguments.max_pairs)
-    saved |= {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, macrobatch {mb.__version__}",
-        "task": setting.task.description,
-        "pairs": setting.num_pairs,
-    }
+    here = machine() | {"task": setting.task.description, "pairs": setting.num_pairs}
+    other = {name: saved[name] for name in here if name in saved and saved[name] != here[name]}
+    if other:
+        raise SystemExit(f"{arguments.output} holds runs of {other}, here it is {here}: give another --output")
+    saved |= here
     runs = saved.setdefault("runs", [])
 
     def save() -> None:
         saved["summary"] = summary(saved["before"], runs)
         saved["seconds"] = round(sum(run["seconds"] for run in runs))
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(saved) + "\n")
+        write(saved, arguments.output, indent=None)  # thousands of places
 
     if "before" not in saved:
         setting.start()

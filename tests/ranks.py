@@ -488,6 +488,45 @@ def without_overlap_out_of_memory_is_recovered_in_the_last_backward_too(world: i
     recovered_everywhere(world, overlap=False)
 
 
+def a_sum_or_metric_that_appears_in_a_later_window_is_an_error_on_every_rank(world: int) -> None:
+    model, batch = tagger(), share_of(everything(sum(sizes_for(world))), sizes_for(world))
+    metrics: dict[str, float] = {"accuracy": 1.0}
+
+    def loss_fn(model: nn.Module, batch: Batch) -> mb.Loss:
+        loss_sum, weight = token_sum(model, batch)
+        return mb.Loss(loss_sum, weight, metrics)
+
+    accumulator = mb.Accumulator(DDP(model), loss_fn, micro_batch_size=3)
+    before = accumulator.run(batch)
+    clear(model)
+    metrics["recall"] = 1.0  # no rank asks the others for names again: a rank without it would miss a column
+    refused(ValueError, "the metric 'recall' is new", lambda: accumulator.run(batch))
+    del metrics["recall"]
+    again = accumulator.run(batch)
+    assert torch.equal(again.metrics["accuracy"], before.metrics["accuracy"])
+
+
+def a_forward_that_failed_after_its_buffers_were_broadcast_runs_again_without_a_broadcast(world: int) -> None:
+    batch, sizes = everything(sum(sizes_for(world))), sizes_for(world)
+    model = tagger()  # with a buffer: every forward under DDP begins with a broadcast, in which all ranks take part
+    expected = expected_for(model, batch)
+    ddp, fails = DDP(model), []
+
+    def fail_once(*_: object) -> None:
+        if fails:
+            fails.clear()
+            raise torch.OutOfMemoryError("injected")
+
+    model.embedding.register_forward_pre_hook(fail_once)
+    accumulator = mb.Accumulator(ddp, token_sum, micro_batch_size=3)
+    for window in range(3):
+        clear(model)
+        fails[:] = [True] if window and dist.get_rank() == 0 else []
+        report = accumulator.run(share_of(batch, sizes))
+        assert report.retries == (1 if window and dist.get_rank() == 0 else 0)
+        close(gradients(model), expected)
+
+
 def out_of_memory_in_a_backward_that_communicates_is_an_error_that_says_what_to_change(world: int) -> None:
     model = tagger()
     ddp = DDP(model)

@@ -18,8 +18,11 @@ def kept(name: str) -> dict[str, Any]:
 
 
 def check_peaks_and_errors(peak: dict[str, float], error: dict[str, float]) -> None:
-    """One kept graph costs no memory, each further one does; only plain accumulation has another gradient."""
-    assert peak["m = 1"] == peak["m = 0"] <= peak["by hand"]
+    """One kept graph costs no memory, each further one does; only plain accumulation has another gradient.
+
+    By hand the states of random numbers, 5 kB each, are in no operation, so that the meter does not see them.
+    """
+    assert peak["m = 1"] == peak["m = 0"] <= 1.01 * peak["by hand"]
     assert peak["m = 1"] < 0.25 * peak["full batch"]
     assert peak["m = 1"] < peak["m = 2"] < peak["m = 4"] < peak["m = 8"]
     assert all(error[f"m = {m}"] <= 1e-12 for m in (0, 1, 2, 4, 8))
