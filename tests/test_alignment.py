@@ -227,28 +227,77 @@ def test_what_the_full_batch_draws_is_asked_under_the_same_autocast() -> None:
     assert all(g is not None for g in gradients(model))
 
 
-class TwoViews(nn.Module):
-    def __init__(self, side_by_side: bool) -> None:
-        super().__init__()
-        self.side_by_side = side_by_side
-        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.repeat_interleave(2, 0) if self.side_by_side else torch.cat([x, x])
-        both = self.second(F.dropout(self.first(rows), 0.4).tanh())
-        return both.view(-1, 2, 6).mean(1) if self.side_by_side else both.view(2, -1, 6).mean(0)
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows that are not the samples in their order
 
 
-def test_limit_rows_of_one_sample_must_lie_side_by_side() -> None:
-    errors = []
-    for side_by_side in (True, False):
-        torch.manual_seed(0)
-        model, x = TwoViews(side_by_side).double(), torch.randn(N, 6, dtype=torch.float64)
-        expected, _ = in_one_piece(model, x)
-        run(accumulator_of(model), model, x)
-        errors.append(difference(gradients(model), expected))
-    assert errors[0] <= 1e-12
-    assert errors[1] > 0.01
+def pairs(n: int) -> tuple[Tensor, Tensor]:
+    """Samples, and lengths to sort them by."""
+    torch.manual_seed(0)
+    return torch.randn(n, 4, 6, dtype=torch.float64), torch.arange(n).mul(5).remainder(7)
+
+
+def by_length(x: Tensor, lengths: Tensor) -> Tensor:
+    return lengths.argsort(descending=True)
+
+
+IN_ORDER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "views side by side": lambda x, lengths: x[:, :2].flatten(0, 1),
+    "views stacked": lambda x, lengths: torch.stack([x[:, 0], x[:, 1]], 1),
+    "repeated": lambda x, lengths: x[:, 0].repeat_interleave(3, 0),
+    "time within samples": lambda x, lengths: x.flatten(0, 1),
+    "batch second": lambda x, lengths: x.transpose(0, 1),
+    "views in front": lambda x, lengths: torch.stack([x[:, 0], x[:, 1]]),
+}
+OUT_OF_ORDER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "views": lambda x, lengths: torch.cat([x[:, 0], x[:, 1]]),
+    "repeated": lambda x, lengths: x[:, 0].repeat(3, 1),
+    "time first": lambda x, lengths: x.transpose(0, 1).flatten(0, 1),
+    "sorted": lambda x, lengths: x[by_length(x, lengths)],
+    "sorted the other way": lambda x, lengths: x[by_length(x, -lengths)],
+    "flipped": lambda x, lengths: x.flip(0),
+}
+DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropout": lambda rows: F.dropout(rows, 0.4),
+    "fused dropout": lambda rows: torch.native_dropout(rows, 0.4, True)[0],
+    "alpha dropout": lambda rows: F.alpha_dropout(rows, 0.4, True),
+    "feature dropout": lambda rows: F.dropout1d(rows.reshape(len(rows), -1, 6), 0.4),
+    "noise": lambda rows: rows + 0.3 * torch.randn_like(rows),
+    "mask": lambda rows: rows * (torch.rand(rows.shape, dtype=rows.dtype) < 0.6),
+    "path": lambda rows: torch.where(rows[..., :1].new_empty(rows[..., :1].shape).bernoulli_(0.6) > 0, rows, -rows),
+}
+SIZES_AND_DRAWS = [(2, "dropout"), (3, "dropout"), *((N, draw) for draw in DRAWS)]
+
+
+def drops(order: Callable[..., Tensor], draw: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, int]]:
+    """A loss of rows that are drawn upon in an order."""
+
+    def loss(m: Model, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+        return m(draw(order(*batch))).tanh().square().sum(), len(batch[1])
+
+    return loss
+
+
+@pytest.mark.parametrize(("n", "draw"), SIZES_AND_DRAWS)
+@pytest.mark.parametrize("order", IN_ORDER)
+def test_rows_that_are_the_samples_in_their_order_have_the_full_batchs_numbers(n: int, order: str, draw: str) -> None:
+    model, loss = nn.Linear(6, 3).double(), drops(IN_ORDER[order], DRAWS[draw])
+    batch = pairs(n)
+    torch.manual_seed(5)
+    expected = reference(model, lambda: loss(model, batch)[0] / n)
+    run(mb.Accumulator(model, loss, micro_batch_size=n - 1, rng="aligned"), model, batch)
+    assert difference(gradients(model), expected) <= 1e-12
+
+
+@pytest.mark.parametrize(("n", "draw"), SIZES_AND_DRAWS)
+@pytest.mark.parametrize("order", OUT_OF_ORDER)
+def test_rows_that_are_not_are_refused_each_time(n: int, order: str, draw: str) -> None:
+    model, loss = nn.Linear(6, 3).double(), drops(OUT_OF_ORDER[order], DRAWS[draw])
+    accumulator = mb.Accumulator(model, loss, micro_batch_size=2, rng="aligned")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"for rows that are not the samples in their order.*x.repeat_interleave"):
+            accumulator.run(pairs(n))
+    assert all(g is None for g in gradients(model))
 
 
 def test_limit_a_compiled_model_draws_what_it_draws_uncompiled() -> None:
@@ -418,7 +467,9 @@ def test_a_model_that_was_changed_is_asked_again(change: Callable[[Any], Any], r
 
 def test_a_change_that_cannot_be_seen_is_an_error_and_then_right() -> None:
     model, x = case("perceptron")
-    p = itertools.chain([0.0] * 4, itertools.repeat(0.5))  # the full batch on fake tensors, and three micro-batches
+    p = itertools.chain(
+        [0.0] * 9, itertools.repeat(0.5)
+    )  # fake, five times two samples, three micro-batches
 
     def drops(m: Model, b: Tensor) -> tuple[Tensor, int]:
         return F.dropout(m(b), next(p)).square().sum(), len(b)

@@ -42,7 +42,7 @@ LEVELS = (
     ("meeting", "pooled_norm"),
     ("lockstep",),
     ("batch", "devices", "budget", "prediction", "gathering", "replay", "aligned_random"),
-    ("grouping", "weighting", "recording", "size_plans"),
+    ("grouping", "weighting", "recording", "size_plans", "row_order"),
     ("scheduled_batches",),
     ("criteria", "tally", "report", "rehearsal", "update_memory"),
     ("recovery", "measuring", "seeds", "moment_average"),

@@ -72,7 +72,8 @@ class AlignedRandom:
         forward that draws otherwise than the full batch did, and for draws that have no rows: those that depend on
         values (multinomial), orders (randperm), generators of their own, and kernels that draw inside (fused attention
         with dropout, cuDNN's LSTM with dropout). A forward that is run again in backward (checkpointing) draws again
-        and is refused for that. Several rows of one sample are taken to lie side by side (samples × heads).
+        and is refused for that. Rows are taken to be those of the samples in their order, several of one sample side by
+        side (samples × heads): `row_order` tells whether they are.
         """
         if not 0 <= start < stop <= self._num_samples:
             raise ValueError(f"rows {start} to {stop} were asked of a full batch of {self._num_samples} samples")
@@ -104,9 +105,9 @@ class _Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _draws(func, args, kwargs):
+        if draws_numbers(func, args, kwargs):
             strides = None if _name(func) in OF_SIZE else tuple(args[0].stride())
-            self._draws.calls.append(Draw(_name(func), _shape(func, args), strides))
+            self._draws.calls.append(Draw(_name(func), drawn_shape(func, args), strides))
         return func(*args, **kwargs)
 
 
@@ -122,19 +123,19 @@ class _Cutting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not _draws(func, args, kwargs):
+        if not draws_numbers(func, args, kwargs):
             return func(*args, **kwargs)
-        whole = self._next(_name(func), _shape(func, args))
+        whole = self._next(_name(func), drawn_shape(func, args))
         self.refuse_hidden_draws()
         result = self._draw(func, args, kwargs, whole)
         self._after = RandomState(self._device)
         return result
 
     def _draw(self, func: Any, args: Any, kwargs: Any, whole: Draw) -> Any:
-        shape = _shape(func, args)
+        shape = drawn_shape(func, args)
         if whole.shape == shape:  # noise that does not belong to samples: the same for all of them
             return func(*args, **kwargs)
-        dimension = self._dimension(shape, whole)
+        dimension = growing_dimension(shape, len(self._samples), whole, self._num_samples)
         share = shape[dimension] // len(self._samples)  # rows of each sample
         rows = slice(self._samples.start * share, self._samples.stop * share)
 
@@ -165,18 +166,18 @@ class _Cutting(TorchDispatchMode):
             )
         return whole
 
-    def _dimension(self, shape: Shape, draw: Draw) -> int:
-        """The dimension that grows with the number of samples."""
-        n, whole = len(self._samples), draw.shape
-        differing = [k for k, (a, b) in enumerate(zip(shape, whole, strict=False)) if a != b]
-        if len(shape) == len(whole) and len(differing) == 1:
-            (k,) = differing
-            if shape[k] % n == 0 and shape[k] * self._num_samples == whole[k] * n:
-                return k
-        raise ValueError(
-            f"{draw.name} draws {shape} for {n} samples and {whole} for {self._num_samples}: no single dimension grows "
-            "with the samples, so there are no rows to take"
-        )
+
+def growing_dimension(shape: Shape, n: int, whole: Draw, num_samples: int) -> int:
+    """The dimension of a draw, of `shape` for `n` samples, that grows with the samples. ValueError if there is none."""
+    differing = [k for k, (a, b) in enumerate(zip(shape, whole.shape, strict=False)) if a != b]
+    if len(shape) == len(whole.shape) and len(differing) == 1:
+        (k,) = differing
+        if shape[k] % n == 0 and shape[k] * num_samples == whole.shape[k] * n:
+            return k
+    raise ValueError(
+        f"{whole.name} draws {shape} for {n} samples and {whole.shape} for {num_samples}: no single dimension grows "
+        "with the samples, so there are no rows to take"
+    )
 
 
 def _drawn(func: Any, args: Any, kwargs: Any, whole: Draw, cut: Callable[[Tensor], Tensor]) -> Any:
@@ -196,7 +197,7 @@ def _drawn(func: Any, args: Any, kwargs: Any, whole: Draw, cut: Callable[[Tensor
     return x * mask * (0.0 if p == 1 else 1 / (1 - p)), mask
 
 
-def _draws(func: Any, args: Any, kwargs: Any) -> bool:
+def draws_numbers(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether `func` draws random numbers. ValueError for one whose draws cannot be cut into rows."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
@@ -208,29 +209,32 @@ def _draws(func: Any, args: Any, kwargs: Any) -> bool:
     depends = any(isinstance(argument, Tensor) for argument in args[1:]) or "out" in kwargs
     if name in (*IN_PLACE, *LIKE, *OF_SIZE) and not depends:
         return True
-    if not kwargs.get("dropout_p", _dropout_of(func, args)):
+    probability = kwargs.get("dropout_p", _dropout_of(func, args))
+    if probability == 0:
         return False
+    advice = "" if probability is None else ". For attention choose torch.nn.attention.SDPBackend.MATH"
     raise ValueError(
         f"{name} draws random numbers in a way that has no rows (by values, by order, or inside a kernel): they cannot "
-        "be those of the full batch. For attention choose torch.nn.attention.SDPBackend.MATH"
+        f"be those of the full batch{advice}"
     )
 
 
 def _dropout_of(func: Any, args: Any) -> Any:
-    """The argument by which a fused kernel drops out, if it has one; else 1: it draws in any case."""
+    """The argument by which a fused kernel drops out; None for a function without one, which draws in any case."""
     names = [argument.name for argument in func._schema.arguments]
     for key in ("dropout_p", "dropout"):
         if key in names:
             position = names.index(key)
             return args[position] if position < len(args) else func._schema.arguments[position].default_value
-    return 1
+    return None
 
 
 def _name(func: Any) -> str:
     return str(func.overloadpacket.__name__)
 
 
-def _shape(func: Any, args: Any) -> Shape:
+def drawn_shape(func: Any, args: Any) -> Shape:
+    """The shape of what a call of `func` that draws random numbers draws."""
     name = _name(func)
     if name in OF_SIZE:
         return tuple(args[OF_SIZE[name] % len(args)])

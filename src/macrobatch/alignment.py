@@ -17,9 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from macrobatch.aligned_random import AlignedRandom, Draws, recorded_draws
 from macrobatch.batch import Cut, Window
 from macrobatch.containers import is_opaque, leaves
+from macrobatch.coupling import coupled_layers
 from macrobatch.modules import modules_of, submodules
+from macrobatch.row_order import Applied, recorded_applications, refuse_other_orders
 from macrobatch.structure import Nested, join, map_tensors, split, tensors
-from macrobatch.substitution import Stage
+from macrobatch.substitution import Stage, held_tensors, substitute, unchanged
 from macrobatch.window_pass import Autocast, Recipe
 
 P = ParamSpec("P")
@@ -130,7 +132,10 @@ class FullBatchRandom:
         if kind not in self._known:
             if len(self._known) == MOST_KNOWN:
                 self._known.clear()
-            self._known[kind] = draws_in_one_piece(recipe, forward, window)
+            draws = draws_in_one_piece(recipe, forward, window)
+            if draws.calls and window.num_samples > 1:
+                refuse_other_orders(partial(_applied, recipe, forward, window, device), draws, window.num_samples)
+            self._known[kind] = draws
         random = AlignedRandom(self._known[kind], window.num_samples, device)
         return FullBatchRows(random, partial(self._known.pop, kind, None))
 
@@ -151,7 +156,9 @@ def random_of(rng: Rng | None, cut: Cut | None) -> Random:
 
 def draws_in_one_piece(recipe: Recipe, forward: Forward, window: Window) -> Draws:
     """What `forward` of all samples of `window` at once draws, told by fake tensors. ValueError where it cannot be."""
-    stage = Stage(without_ddp(recipe.everything), recipe.loss_fn, device=recipe.device)
+    modules = without_ddp(recipe.everything)
+    anchor = nn.ParameterList([torch.empty(0, device=held_tensors(modules)[0].device)])  # a frozen model is evaluated
+    stage = Stage([*modules, anchor], recipe.loss_fn, device=recipe.device)
     try:
         with stage.fakes() as (_, fake):
             batch = _in_one_piece([map_tensors(part, fake) for part in window], window.micro_batch_sizes)
@@ -167,6 +174,35 @@ def draws_in_one_piece(recipe: Recipe, forward: Forward, window: Window) -> Draw
             "at values (.item(), boolean masks, if tensor: ...) random numbers cannot be aligned: leave rng out"
         ) from error
     return draws
+
+
+def _applied(
+    recipe: Recipe, forward: Forward, window: Window, device: torch.device, positions: Sequence[int]
+) -> list[Applied]:
+    """What the draws of `forward` of the samples at these positions are applied to; model and random numbers stay."""
+    batch = join([_sample(window, position) for position in positions], [1] * len(positions))
+    modules = without_ddp(recipe.everything)
+    buffers = {id(b): b.clone() for module in modules for b in module.buffers()}
+    with (
+        unchanged([*submodules(modules), recipe.loss_fn]),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        entered(recipe.autocast, device),
+    ):
+        substitute(modules, lambda tensor: buffers.get(id(tensor), tensor))
+        for found in coupled_layers(modules):
+            found.layer.training = False  # or the rows of all samples would change with one
+        with recorded_applications() as applied:
+            forward(without_ddp(recipe.model), map_tensors(batch, lambda leaf: leaf.to(device)))
+    return applied
+
+
+def _sample(window: Window, position: int) -> Nested:
+    """A batch of one sample."""
+    for part, n in window.sized():
+        if position < n:
+            return split(part, [position, 1, n - position - 1], n=n)[1]
+        position -= n
+    raise IndexError(position)
 
 
 def _in_one_piece(parts: list[Nested], sizes: Sequence[int]) -> Nested:

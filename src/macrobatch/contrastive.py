@@ -100,7 +100,6 @@ class GatheredAccumulator(Accumulator):
             grad_dtype=grad_dtype,
             cut=cut,
             num_samples=num_samples,
-            rng=rng,
             process_group=process_group,
         )
         self._gathered = GatheredRecipe(
@@ -164,7 +163,7 @@ class GatheredAccumulator(Accumulator):
         """As of any accumulator; with a budget the loss takes its part of it first, and graphs what is left at last."""
         searches = isinstance(self._limit, AutoSize) and not self._limit.has_begun
         is_settled = not isinstance(self._limit, AutoSize) or self._limit.is_found
-        needs = self._needs(batch) if searches or (self._has_room_for_graphs and is_settled) else None
+        needs = self.needs(batch) if searches or (self._has_room_for_graphs and is_settled) else None
         if searches and needs is not None:
             self._max_memory = needs.left
         window = super()._window(batch)
@@ -173,7 +172,7 @@ class GatheredAccumulator(Accumulator):
             self._has_room_for_graphs = False
         return window
 
-    def _needs(self, batch: Nested) -> Needs | None:
+    def needs(self, batch: Nested) -> Needs | None:
         """What a window such as `batch` needs beside its micro-batches; None on a rank without samples."""
         window = batch if isinstance(batch, Window) else Window([batch], num_samples=self._num_samples)
         if window.num_samples == 0:
