@@ -63,7 +63,7 @@ class GatheredNeeds:
         max_bytes = budget_bytes(max_memory, device, held)
         accumulator = accumulator_of(task, model, max_memory=max_bytes, autocast=autocast)
         assert isinstance(accumulator, GatheredAccumulator)
-        needs = accumulator._needs(_window(task, batch_size))
+        needs = accumulator.needs(_window(task, batch_size))
         assert needs is not None  # there are samples
         account = _Account(needs, optimizer, batch_size)
         return cls(replace(needs, account=account), optimizer, batch_size, max_bytes)

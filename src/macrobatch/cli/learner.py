@@ -1,7 +1,7 @@
 """From a task to the accumulator that fits its loss: one that sees all samples of a window, or any other."""
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
@@ -13,42 +13,24 @@ from macrobatch.tasks import Task
 from macrobatch.window_pass import Autocast
 
 
-def accumulator_of(
-    task: Task,
-    model: nn.Module,
-    *,
-    micro_batch_size: int | Literal["auto"] | None = None,
-    max_memory: int | str | None = None,
-    autocast: Autocast = None,
-    scaler: GradScaler | None = None,
-    measure: Measure | None = None,
-) -> Accumulator:
+class Options(TypedDict, total=False):
+    """Of Accumulator and GatheredAccumulator alike: those that the commands use."""
+
+    micro_batch_size: int | Literal["auto"] | None
+    max_memory: int | str | None
+    autocast: Autocast
+    scaler: GradScaler | None
+    measure: Measure | None
+
+
+def accumulator_of(task: Task, model: nn.Module, **options: Unpack[Options]) -> Accumulator:
     """The gradient of the task's own loss over a whole effective batch; options as in Accumulator.
 
     Layers that couple samples normalise over the micro-batch, without a warning: the task says what it is made of.
     """
     if task.encode is None:
-        return Accumulator(
-            model,
-            task.loss_fn,
-            micro_batch_size=micro_batch_size,
-            max_memory=max_memory,
-            batch_norm="micro_batch",
-            autocast=autocast,
-            scaler=scaler,
-            measure=measure,
-        )
-    return GatheredAccumulator(
-        model,
-        task.encode,
-        task.loss_fn,
-        micro_batch_size=micro_batch_size,
-        max_memory=max_memory,
-        batch_norm="micro_batch",
-        autocast=autocast,
-        scaler=scaler,
-        measure=measure,
-    )
+        return Accumulator(model, task.loss_fn, batch_norm="micro_batch", **options)
+    return GatheredAccumulator(model, task.encode, task.loss_fn, batch_norm="micro_batch", **options)
 
 
 def accumulated_plainly(task: Task) -> Task:
