@@ -39,10 +39,13 @@ def in_one_piece(model: nn.Module, sizes: list[int]) -> list[Tensor | None]:
 
 
 def run(model: nn.Module, sizes: list[int], **options: Any) -> None:
+    run_again(mb.Accumulator(model, loss_fn, micro_batch_size=2, **options), sizes)
+
+
+def run_again(accumulator: mb.Accumulator, sizes: list[int]) -> None:
     torch.manual_seed(dist.get_rank())
     mine = share_of(everything(sum(sizes)), sizes)
-    window = mb.Window([mine] if sizes[dist.get_rank()] else [])
-    mb.Accumulator(model, loss_fn, micro_batch_size=2, **options).run(window)
+    accumulator.run(mb.Window([mine] if sizes[dist.get_rank()] else []))
 
 
 def each_rank_draws_as_its_samples_in_one_piece(world: int) -> None:
@@ -67,6 +70,21 @@ def a_rank_without_samples_takes_part(world: int) -> None:
         expected = in_one_piece(model, sizes)
         run(DDP(model) if has_ddp else model, sizes, rng="aligned")
         close(gradients(model), expected)
+
+
+def a_window_that_is_new_on_one_rank_only_is_looked_at_alone(world: int) -> None:
+    """DDP broadcasts buffers in forwards: looking at what a batch draws must not be one that other ranks wait for."""
+    model = DDP(towers(dropout=0.4))
+    assert model.broadcast_buffers
+    assert list(model.buffers())
+    accumulator = mb.Accumulator(model, loss_fn, micro_batch_size=2, rng="aligned")
+    for sizes in ([4, 4, 4], [6, 4, 4], [6, 5, 4], [4, 5, 4]):
+        expected = in_one_piece(model, sizes[:world])
+        seen = model.module.seen.clone()
+        run_again(accumulator, sizes[:world])
+        close(gradients(model), expected)
+        assert model.module.seen - seen <= max(sizes), "each sample once"
+        clear(model)
 
 
 def control_masks_of_their_own_differ_by_more_than_a_hundredth(world: int) -> None:

@@ -163,6 +163,17 @@ def test_draws_without_rows_are_refused(drawing: Callable[[Tensor], Tensor], mes
         drawing(x)
 
 
+def test_advice_for_attention_is_given_for_attention_alone() -> None:
+    q = torch.randn(2, 2, 4, 8)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with pytest.raises(ValueError, match=r"flash_attention_for_cpu draws .*SDPBackend.MATH"), recorded_draws():
+        flash(q, q, q, 0.3)
+    for draw in (lambda: torch.normal(q, 1.0), lambda: F.rrelu(q, training=True), lambda: torch.randperm(4)):
+        with pytest.raises(ValueError, match="draws random numbers in a way that") as raised, recorded_draws():
+            draw()
+        assert "attention" not in str(raised.value)
+
+
 def aligned_run(record: Callable[[Tensor], Any], run: Callable[[Tensor], Any], sizes: tuple[int, ...] = SIZES) -> None:
     x = torch.randn(N, 6)
     with recorded_draws() as draws:

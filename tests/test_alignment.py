@@ -116,6 +116,17 @@ def test_evaluate_gives_the_loss_of_the_full_batch_in_train_mode(coupled: bool) 
 
 
 @pytest.mark.parametrize("coupled", [False, True])
+def test_so_it_does_for_a_model_that_is_frozen(coupled: bool) -> None:
+    model, x = case("noisy")
+    model.requires_grad_(False)
+    torch.manual_seed(5)
+    expected = spread(model, encode(model, x), None) if coupled else loss_sum(model, x) / N
+    torch.manual_seed(5)
+    report = accumulator_of(model, coupled).evaluate(x)
+    assert abs(float(report.loss) - float(expected)) <= 1e-12 * abs(float(expected))
+
+
+@pytest.mark.parametrize("coupled", [False, True])
 def test_windows_may_come_cut_unevenly_and_fill_while_they_run(coupled: bool) -> None:
     model, x = case("noisy")
     expected, following = in_one_piece(model, x, coupled)
@@ -164,6 +175,19 @@ def test_random_numbers_are_drawn_in_the_full_batchs_order_of_memory(layout: str
     expected = reference(model, lambda: model(x).square().sum() / N)
     run(mb.Accumulator(model, lambda m, b: (m(b).square().sum(), len(b)), micro_batch_size=3, rng="aligned"), model, x)
     assert difference(gradients(model), expected) <= 1e-12
+
+
+def test_a_window_in_another_order_of_memory_is_another_one() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Dropout(0.3), nn.Flatten(), nn.Linear(48, 3)).double()
+    accumulator = mb.Accumulator(model, lambda m, b: (m(b).square().sum(), len(b)), micro_batch_size=3, rng="aligned")
+    x = torch.randn(N, 3, 4, 4, dtype=torch.float64)
+    for lay_out in (*LAYOUTS.values(), *LAYOUTS.values()):
+        batch = lay_out(x)
+        torch.manual_seed(5)
+        expected = reference(model, lambda batch=batch: model(batch).square().sum() / N)
+        run(accumulator, model, batch)
+        assert difference(gradients(model), expected) <= 1e-12
 
 
 class Recurrent(nn.Module):
@@ -298,6 +322,69 @@ def test_rows_that_are_not_are_refused_each_time(n: int, order: str, draw: str) 
         with pytest.raises(ValueError, match=r"for rows that are not the samples in their order.*x.repeat_interleave"):
             accumulator.run(pairs(n))
     assert all(g is None for g in gradients(model))
+
+
+def sorts(keys: Tensor) -> Callable[..., tuple[Tensor, int]]:
+    """A loss that sorts samples by a key of theirs."""
+    return drops(lambda x, positions: x[keys[positions].argsort(stable=True)], DRAWS["dropout"])
+
+
+def numbered(n: int = N) -> tuple[Tensor, Tensor]:
+    return pairs(n)[0], torch.arange(n)
+
+
+@pytest.mark.parametrize("keys", [k for k in itertools.product((0, 1), repeat=4) if len({k[0], k[2], k[3]}) > 1])
+def test_a_sort_is_seen_if_it_tells_the_first_the_middle_and_the_last_sample_apart(keys: tuple[int, ...]) -> None:
+    """Whether they come sorted or not, because another window of this shape may come otherwise."""
+    accumulator = mb.Accumulator(nn.Linear(6, 3).double(), sorts(torch.tensor(keys)), micro_batch_size=2, rng="aligned")
+    with pytest.raises(ValueError, match="rows that are not the samples in their order"):
+        accumulator.run(numbered(4))
+
+
+def test_a_loss_over_all_outputs_is_refused_stacked_views() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5)).double(), torch.randn(N, 6, dtype=torch.float64)
+    encodes = lambda m, b: m(torch.cat([b, 2 * b])).view(2, -1, 6).transpose(0, 1)  # noqa: E731
+    accumulator = mb.GatheredAccumulator(
+        model, encodes, lambda m, z, w: z.std(0).sum(), micro_batch_size=3, rng="aligned"
+    )
+    for work in (accumulator.run, accumulator.evaluate):
+        with pytest.raises(ValueError, match="rows that are not the samples in their order"):
+            work(x)
+
+
+def test_a_model_with_batch_norm_is_refused_stacked_views_and_not_others() -> None:
+    """Its layers see samples together, so that rows of all samples would change with one."""
+    x = torch.randn(N, 6, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.5)).double()
+    options: dict[str, Any] = {"micro_batch_size": 3, "batch_norm": "micro_batch", "rng": "aligned"}
+    mb.Accumulator(model, lambda m, b: (m(b).square().sum(), len(b)), **options).run(x)
+    accumulator = mb.Accumulator(model, lambda m, b: (m(torch.cat([b, -b])).square().sum(), len(b)), **options)
+    clear(model)
+    with pytest.raises(ValueError, match="rows that are not the samples in their order"):
+        accumulator.run(x)
+    assert model.training
+    assert model[1].training
+
+
+HIDDEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a draw that is reshaped first": lambda x, _: x[:, 0].flip(0) * torch.randn(len(x), dtype=x.dtype)[:, None],
+    "a draw that meets something else first": lambda x, _: x[:, 0].flip(0) + x.new_ones(6) * torch.randn_like(x[:, 0]),
+    "samples that see each other": lambda x, _: F.dropout(
+        F.batch_norm(x[:, 0], None, None, training=True).flip(0), 0.5
+    ),
+    "a sort that leaves those three as they are": lambda x, at: F.dropout(
+        x[at.eq(4).to(torch.int).argsort(stable=True, descending=True), 0], 0.5
+    ),
+}
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_limit_an_order_that_is_not_seen_is_wrong(hidden: str) -> None:
+    model, loss, batch = nn.Linear(6, 3).double(), drops(HIDDEN[hidden], lambda rows: rows), numbered()
+    torch.manual_seed(5)
+    expected = reference(model, lambda: loss(model, batch)[0] / N)
+    run(mb.Accumulator(model, loss, micro_batch_size=3, rng="aligned"), model, batch)
+    assert difference(gradients(model), expected) > 0.01
 
 
 def test_limit_a_compiled_model_draws_what_it_draws_uncompiled() -> None:
@@ -465,11 +552,29 @@ def test_a_model_that_was_changed_is_asked_again(change: Callable[[Any], Any], r
     assert recordings == [7, 7]
 
 
+def test_a_window_with_another_flag_or_probability_is_asked_again(recordings: list[int]) -> None:
+    model, x = case("perceptron")
+
+    def as_told(m: Model, b: Any) -> tuple[Tensor, int]:
+        out = F.dropout(b["x"], b["p"], b["drops"])
+        return m(out + torch.rand_like(out) if b["kind"] == "noisy" else out).square().sum(), len(out)
+
+    accumulator = mb.Accumulator(model, as_told, micro_batch_size=3, rng="aligned")
+    quiet = {"x": x, "p": 0.5, "drops": True, "kind": "plain"}
+    for change in ({}, {"p": 0.0}, {"drops": False}, {"kind": "noisy"}, {}):
+        batch = quiet | change
+        torch.manual_seed(5)
+        expected = reference(model, lambda batch=batch: as_told(model, batch)[0] / N)
+        following = torch.rand(4)
+        run(accumulator, model, batch)
+        assert torch.equal(torch.rand(4), following)
+        assert difference(gradients(model), expected) <= 1e-12
+    assert len(recordings) == 4
+
+
 def test_a_change_that_cannot_be_seen_is_an_error_and_then_right() -> None:
     model, x = case("perceptron")
-    p = itertools.chain(
-        [0.0] * 9, itertools.repeat(0.5)
-    )  # fake, five times two samples, three micro-batches
+    p = itertools.chain([0.0] * 9, itertools.repeat(0.5))  # fake, five times two samples, three micro-batches
 
     def drops(m: Model, b: Tensor) -> tuple[Tensor, int]:
         return F.dropout(m(b), next(p)).square().sum(), len(b)
