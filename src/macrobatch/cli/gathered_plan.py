@@ -74,7 +74,7 @@ class GatheredNeeds:
         update, saved = account.update(first.idle), _saved_at(size, traces)
         others = max(graphs - 1, 0) * (saved + needs.outputs * size // self.batch_size)
         before_gradients = others + min(graphs, 1) * saved - (0 if needs.has_gradients else first.gradients)
-        in_forward = before_gradients + needs.outputs + 2 * _random_state(account.rehearsal.device)
+        in_forward = before_gradients + needs.outputs + _random_state(account.rehearsal.device)
         in_loss = before_gradients + needs.loss
         in_backward = others + activations_at(size, traces) + needs.outputs
         activations = max(in_forward, in_loss, in_backward) + account.kept(size)
@@ -115,7 +115,7 @@ class _Account(Account):
 
 
 def _random_state(device: torch.device) -> int:
-    """Bytes of a state of torch's random numbers, which lies on the CPU: three while forwards run, then one."""
+    """Bytes of a state of torch's random numbers, on the CPU: two are compared while forwards run, then one stays."""
     return torch.get_rng_state().nbytes if device.type == "cpu" else 0
 
 
