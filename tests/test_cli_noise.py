@@ -224,7 +224,7 @@ def test_adam_branches_have_the_square_root_and_leave_the_run_as_it_was() -> Non
     assert found is not None
     assert [branch.learning_rate for branch in found.branches] == pytest.approx([0.01, 0.02])
     assert all(torch.equal(value, before[name]) for name, value in trained.model.state_dict().items())
-    assert all(int(state["step"]) == 5 for state in trained.optimizer.state.values())
+    assert all(int(state["step"]) == 5 for state in trained.rates.optimizer.state.values())
     ctrl_c.wanted = True
     assert brancher.branches(_quiet(), ctrl_c) is None
     assert all(torch.equal(value, before[name]) for name, value in trained.model.state_dict().items())

@@ -105,8 +105,8 @@ class Brancher:
             )
         is_free = coupling_layer(run.model) is None and run.max_memory is None  # the size changes nothing but the time
         self.micro_batch_size = max(run.micro_batch_size, run.task.micro_batch_size if is_free else 1)
-        self.rule = branch_rule(run.optimizer)
-        trial = run.task.make_optimizer(run.model, run.learning_rate)
+        self.rule = branch_rule(run.rates.optimizer)
+        trial = run.task.make_optimizer(run.model, run.rates.learning_rate)
         rescale(trial, self.rule, from_batch_size=run.batch_size, to_batch_size=self.largest)
 
     @property
@@ -201,7 +201,7 @@ class _Point:
 
     def __init__(self, run: Run) -> None:
         self._model: dict[str, Tensor] = copy.deepcopy(run.model.state_dict())
-        self._optimizer = run.optimizer.state_dict()
+        self._optimizer = run.rates.optimizer.state_dict()
         self._scaler = {} if run.scaler is None else run.scaler.state_dict()
 
     def restore_model(self, model: nn.Module) -> None:
@@ -211,7 +211,7 @@ class _Point:
     def restored(self, run: Run) -> tuple[Optimizer, GradScaler | None]:
         """The model is as it was, and so are these: an optimizer without a scheduler, and a scaler if there is one."""
         self.restore_model(run.model)
-        optimizer = run.task.make_optimizer(run.model, run.learning_rate)
+        optimizer = run.task.make_optimizer(run.model, run.rates.learning_rate)
         optimizer.load_state_dict(copy.deepcopy(self._optimizer))
         scaler = setup.scaler_for(run.options.precision, run.device)
         if scaler is not None:

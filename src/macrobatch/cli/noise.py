@@ -95,7 +95,7 @@ def _fits(run: Run, wanted: float) -> int:
             sample_batch(run.task),
             batch_size=size,
             max_memory=run.max_memory,
-            optimizer=run.optimizer,
+            optimizer=run.rates.optimizer,
             measure_speed=False,
             autocast=run.autocast,
         )

@@ -2,31 +2,23 @@
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from macrobatch import GatheredAccumulator, Report, Scaling, Update, apply_update, collate_windows
+from macrobatch import Accumulator, GatheredAccumulator, Report, Update, apply_update, collate_windows
 from macrobatch.budget import budget_bytes
 from macrobatch.cli import run_options, setup
-from macrobatch.cli.forecast import Forecast, sample_batch
-from macrobatch.cli.formats import bytes_text
-from macrobatch.cli.gathered_plan import GatheredNeeds, gathered_plan
 from macrobatch.cli.guard import make_guard, verdict_entries
 from macrobatch.cli.learner import accumulator_of
 from macrobatch.cli.memory_use import MemoryUse
 from macrobatch.cli.noise_watch import NoiseWatch
-from macrobatch.cli.rescaling import one_rule, refuse_unreachable, rescale
+from macrobatch.cli.rates import Rates
+from macrobatch.cli.run_memory import RunMemory
 from macrobatch.cli.run_options import TrainOptions
 from macrobatch.cli.sampling import UpdateIndices
 from macrobatch.fitting import Memory
-from macrobatch.planning import Plan, plan
 from macrobatch.spike_values import SpikeVerdict
 from macrobatch.tasks import Task
 from macrobatch.tasks.task import num_samples
@@ -48,42 +40,25 @@ class Run:
         setup.place_constants(task, self.device)
         self.schedule = self.batch_plan.schedule(run_options.tokens_per_sample(task))
         self.sizes = run_options.update_sizes(self.schedule, options, self.data_size)
-        self.base_batch_size = run_options.base_batch_size(task, options, self.schedule.batch_size)
-        self.base_learning_rate = options.learning_rate or task.learning_rate
-        self.optimizer, self.scaling = self._scaled_optimizer()
-        self.learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        lr_factor = 1.0 if self.scaling is None else self.scaling.lr_factor
-        self.scheduler: LRScheduler = setup.make_scheduler(
-            self.optimizer, options.schedule, options.warmup, len(self.sizes), lr_factor=lr_factor
-        )
+        self.rates = Rates.of(task, self.model, options, self.batch_plan.sizes, self.schedule, len(self.sizes))
         self.autocast = setup.autocast_dtype(options.precision)
         self.max_memory = None if options.max_memory is None else budget_bytes(options.max_memory, self.device)
+        self.memory = RunMemory(
+            task, self.model, self.rates.optimizer, self.device, self.batch_size, self.max_memory, self.autocast
+        )
         self.given_size, self.why_given = run_options.given_size(task, options, self.batch_plan)
-        self.plan = None if self.given_size is not None else self._plan()
-        if self.given_size is not None and task.encode is not None and self.max_memory is not None:
-            self._needs(self.batch_size).graphs(self.given_size)  # a loss that does not fit is refused here
-        needs_noise = options.noise == "measure" or self.batch_plan.measures
-        # It takes one more copy of the gradients: not where memory is short, unless that is what the run is about.
-        watches = self.max_memory is None and options.noise == "watch" and task.encode is None
-        self.measures = needs_noise or watches
+        self.plan = self.memory.plan() if self.given_size is None else None
+        if self.given_size is not None:
+            self.memory.refuse_loss(self.given_size)
         self.noise = NoiseWatch(options.noise_half_life)
         self.scaler = setup.scaler_for(options.precision, self.device)
-        spends = self.given_size is None or task.encode is not None  # on a size that is found, or on kept graphs
-        self.accumulator = accumulator_of(
-            task,
-            self.model,
-            micro_batch_size=self.given_size or "auto",
-            max_memory=self.max_memory if spends else None,
-            autocast=self.autocast,
-            scaler=self.scaler,
-            measure="norms" if self.measures else None,
-        )
+        self.accumulator = self._accumulator()
         self.guard = make_guard(
             options.spike_guard,
             options.snapshot_every,
             model=self.model,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
+            optimizer=self.rates.optimizer,
+            scheduler=self.rates.scheduler,
             scaler=self.scaler,
             schedule=self.schedule,
         )
@@ -94,14 +69,26 @@ class Run:
         self.given_up: str | None = None  # why the guard ended the run
         self.has_gradient = False  # of the update at hand: from then on it is the optimizer that needs memory
 
-    def _scaled_optimizer(self) -> tuple[Optimizer, Scaling | None]:
-        """The task's optimizer for the first size. ValueError where the rule cannot reach a later one."""
-        first = self.schedule.batch_size
-        trial = self.task.make_optimizer(self.model, self.base_learning_rate)
-        rule = self.rule = one_rule(trial, self.options.scaling, self.base_batch_size, self.batch_plan.sizes)
-        refuse_unreachable(trial, rule, self.base_batch_size, self.batch_plan.sizes)
-        optimizer = self.task.make_optimizer(self.model, self.base_learning_rate)
-        return optimizer, rescale(optimizer, rule, from_batch_size=self.base_batch_size, to_batch_size=first)
+    @property
+    def measures(self) -> bool:
+        """Whether the noise is measured between micro-batches: where the run is about it, or it costs nothing scarce.
+
+        It takes one more copy of the gradients: not where memory is short, and a loss over all outputs has no noise.
+        """
+        watches = self.max_memory is None and self.options.noise == "watch" and self.task.encode is None
+        return self.options.noise == "measure" or self.batch_plan.measures or watches
+
+    def _accumulator(self) -> Accumulator:
+        spends = self.given_size is None or self.task.encode is not None  # on a size that is found, or on kept graphs
+        return accumulator_of(
+            self.task,
+            self.model,
+            micro_batch_size=self.given_size or "auto",
+            max_memory=self.max_memory if spends else None,
+            autocast=self.autocast,
+            scaler=self.scaler,
+            measure="norms" if self.measures else None,
+        )
 
     @property
     def micro_batch_size(self) -> int:
@@ -124,39 +111,18 @@ class Run:
             pin_memory=self.device.type == "cuda",
         )
 
-    def _plan(self) -> Plan:
-        """What fits. ValueError, before anything is trained or written, where not even one sample does."""
-        if self.task.encode is not None:
-            return gathered_plan(self._needs(self.batch_size))
-        return plan(
-            self.model,
-            self.task.loss_fn,
-            sample_batch(self.task),
-            batch_size=self.batch_size,
-            max_memory=self.max_memory,
-            measure_speed=False,
-            autocast=self.autocast,
-        )
-
-    def _needs(self, batch_size: int) -> GatheredNeeds:
-        """What updates of so many samples need whose loss is over all outputs. ValueError if the loss does not fit."""
-        return GatheredNeeds.of(self.task, self.model, self.optimizer, batch_size, self.max_memory, self.autocast)
-
     def predicted(self, number: int, micro_batch_size: int) -> Memory | None:
         """What update `number`, from 1, takes in micro-batches of that size; None if it cannot be known."""
-        if self.task.encode is not None:
-            needs = self._needs(self.sizes[number - 1])
-            return needs.predicted(micro_batch_size, self.rows[number - 1]["kept_graphs"])
-        forecast = Forecast(self.task, self.model, self.optimizer, self.device, self.autocast)
-        found = forecast.memory(self.sizes[number - 1], micro_batch_size)
-        if found is None or not self.measures:
-            return found
-        # A micro-batch's own gradients come into being while its activations go.
-        return replace(found, activations=max(found.activations, found.gradients))
+        kept = self.rows[number - 1].get("kept_graphs", 0)
+        return self.memory.predicted(self.sizes[number - 1], micro_batch_size, kept, measures=self.measures)
+
+    def too_large(self) -> str:
+        """What to say when the memory was not enough: what did not fit, and what to change."""
+        return self.memory.too_large(self.updates + 1, has_gradient=self.has_gradient)
 
     def advance(self, window: Any) -> dict[str, Any]:
         """One update is made, or skipped where the gradient was not finite; its row for the log, times in seconds."""
-        rescaled = self._follow_schedule()
+        rescaled = self.rates.follow(self.schedule, self.noise.estimate)
         if self.options.noise == "per example":
             self.noise.observe_examples(self.task, window, min(self.task.micro_batch_size, self.micro_batch_size))
         started = time.perf_counter()
@@ -195,29 +161,13 @@ class Run:
     def _update(self, report: Report) -> tuple[float, SpikeVerdict | None, Update | None]:
         """The rate in force, what the guard said, and what became of the gradients; None where it dropped them."""
         verdict = None if self.guard is None else self.guard.check(report)
-        rate = float(self.optimizer.param_groups[0]["lr"])
+        rate = float(self.rates.optimizer.param_groups[0]["lr"])
         if verdict is not None and not verdict.accepted:
             return rate, verdict, None
-        update = apply_update(self.optimizer, report, max_norm=self.options.max_norm)
+        update = apply_update(self.rates.optimizer, report, max_norm=self.options.max_norm)
         if update.applied:
-            self.scheduler.step()
+            self.rates.scheduler.step()
         return rate, verdict, update
-
-    def _follow_schedule(self) -> Scaling | None:
-        """The hyperparameters fit the batch that has arrived; what changed, if anything did."""
-        known = self.noise.estimate
-
-        def scale(*, from_batch_size: int, to_batch_size: int) -> Scaling | None:
-            return rescale(
-                self.optimizer,
-                self.rule,
-                scheduler=self.scheduler,
-                from_batch_size=from_batch_size,
-                to_batch_size=to_batch_size,
-                noise_scale=None if known is None or known.noise_scale == 0 else known.noise_scale,
-            )
-
-        return self.schedule.rescale(scale)
 
     def _time_of_gradient(self) -> float | None:
         """When the gradient was there, where the run is about that; elsewhere nothing waits for the device."""
@@ -240,22 +190,3 @@ class Run:
         if self.batch_plan.measures and known is not None and self.schedule.observe(known.low):
             made = self.sizes[: self.updates]
             self.sizes[:] = run_options.update_sizes(self.schedule, self.options, self.data_size, made)
-
-    def held(self) -> Iterator[Tensor]:
-        """The tensors that stay from update to update: parameters, buffers and the optimizer's state."""
-        yield from self.model.parameters()
-        yield from self.model.buffers()
-        for state in self.optimizer.state.values():
-            yield from (value for value in state.values() if isinstance(value, Tensor))
-
-    def too_large(self) -> str:
-        """What to say when the memory was not enough: what did not fit, and what to change.
-
-        A micro-batch that fails is halved until it is one sample, so a smaller --micro-batch-size is never the remedy.
-        """
-        budget = "the device" if self.max_memory is None else f"the budget of {bytes_text(self.max_memory)}"
-        too_much = "the optimizer's state does not fit" if self.has_gradient else "not even one sample at a time fits"
-        is_gathered = self.task.encode is not None and not self.has_gradient
-        what = "the loss over all outputs does not fit, or not even one sample at a time," if is_gathered else too_much
-        more = "" if self.max_memory is None else "more --max-memory or "
-        return f"out of memory in update {self.updates + 1}: {what} into {budget}; give {more}a smaller model"

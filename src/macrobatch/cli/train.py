@@ -80,7 +80,7 @@ def _all_updates(
     try:
         with memory, _logging(run, console), Progress(console, sum(run.sizes)) as progress:
             for window in _windows(run):
-                with memory.of_update(run.held()) if run.updates + 1 == measured else nullcontext():
+                with memory.of_update(run.memory.held()) if run.updates + 1 == measured else nullcontext():
                     row = run.advance(window)
                 del window  # before the next one is collated: only one is in memory
                 log.write(row)
@@ -180,10 +180,10 @@ def _write(run: Run, ending: Ending, folder: Path) -> None:
             "micro_batch_size": run.micro_batch_size,
             "micro_batch_size_is": _size_is(run),
             "kept_graphs": run.kept_graphs,
-            "learning_rate": run.learning_rate,
-            "base_learning_rate": run.base_learning_rate,
-            "base_batch_size": run.base_batch_size,
-            "scaling": scaling_entry(run.scaling),
+            "learning_rate": run.rates.learning_rate,
+            "base_learning_rate": run.rates.base_learning_rate,
+            "base_batch_size": run.rates.base_batch_size,
+            "scaling": scaling_entry(run.rates.scaling),
             "batch_sizes": [run.sizes[0], max(run.sizes)],
             "spike_guard": guard_entry(run.guard, run.rows),
             "noise": None if run.noise.estimate is None else asdict(run.noise.estimate),

@@ -23,8 +23,8 @@ def headline(run: Run, folder: Path) -> list[str]:
         f"{options.precision} on {run.device.type}, seed {options.seed}{limit}",
         _learning_rate_line(run),
     ]
-    if run.scaling is not None:
-        lines += str(run.scaling).splitlines()
+    if run.rates.scaling is not None:
+        lines += str(run.rates.scaling).splitlines()
     if run.kept_graphs is not None:
         lines.append("the loss compares all samples of an update: outputs are gathered over its micro-batches")
     lines.append(f"writing to {folder}")
@@ -67,13 +67,21 @@ def _micro_batches_text(run: Run) -> str:
 
 
 def _learning_rate_line(run: Run) -> str:
-    rate, base, first = f"learning rate {run.learning_rate:.3g}", run.base_batch_size, run.schedule.batch_size
-    if run.scaling is not None:
-        rate += f" ({run.scaling.rule} rule: {run.base_learning_rate:.3g} at batch size {base})"
+    rate, base, first = (
+        f"learning rate {run.rates.learning_rate:.3g}",
+        run.rates.base_batch_size,
+        run.schedule.batch_size,
+    )
+    if run.rates.scaling is not None:
+        rate += f" ({run.rates.scaling.rule} rule: {run.rates.base_learning_rate:.3g} at batch size {base})"
     elif base != first and run.options.scaling == "none":
         rate += f" (tuned at batch size {base} and not scaled to {first}: see --scaling)"
     if run.options.warmup:
-        start = "" if run.scaling is None or run.scaling.lr_factor <= 1 else f" from {run.base_learning_rate:.3g}"
+        start = (
+            ""
+            if run.rates.scaling is None or run.rates.scaling.lr_factor <= 1
+            else f" from {run.rates.base_learning_rate:.3g}"
+        )
         return f"{rate}, {run.options.schedule} after {counted(run.options.warmup, 'update')} of warmup{start}"
     return f"{rate}, {run.options.schedule}"
 
