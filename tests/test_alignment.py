@@ -596,13 +596,24 @@ def test_without_it_forwards_are_called_as_they_are() -> None:
     assert DrawnAnew().around(loss_fn, lambda model, x: None) is loss_fn
 
 
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add_(len(x))
+        return x
+
+
 def test_model_and_random_numbers_are_not_changed_by_looking(recordings: list[int]) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.3)).double()
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), Counting()).double()
     x = torch.randn(N, 6, dtype=torch.float64)
     model(x)
     once = {name: b.clone() for name, b in model.named_buffers()}
     model[1].reset_running_stats()
+    model[3].seen.zero_()
     run(accumulator_of(model, micro_batch_size=7, batch_norm="micro_batch"), model, x)
     assert recordings == [7]
     assert all(torch.equal(b, once[name]) for name, b in model.named_buffers())

@@ -77,7 +77,7 @@ def _message(whole: Draw) -> str:
 
 
 class _Watching(TorchDispatchMode):
-    """Follows what is made of draws alone, elementwise, until it meets another tensor."""
+    """Follows what is made of draws alone, in their shape, until it meets another tensor."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -99,16 +99,9 @@ class _Watching(TorchDispatchMode):
         for draw in drawn if others else ():
             draw.to = others[0].detach().clone() if draw.to is None else draw.to
         result = func(*args, **kwargs)
-        if not drawn or others or (func.is_view and not _lies_as(result, given[0])):
-            return result
-        return self._follow(result, drawn[0])
+        return self._follow(result, drawn[0]) if drawn and not others else result
 
     def _follow(self, result: Any, draw: Applied) -> Any:
         if isinstance(result, Tensor) and result.shape == draw.shape:
             self._drawn[id(result)] = result, draw
         return result
-
-
-def _lies_as(view: Any, tensor: Tensor) -> bool:
-    """Whether a view is of the tensor as it is (detached), not transposed or split."""
-    return isinstance(view, Tensor) and (view.shape, view.stride()) == (tensor.shape, tensor.stride())
