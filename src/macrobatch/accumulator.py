@@ -62,7 +62,8 @@ class Accumulator:
     `device`: where micro-batches travel; None is where the parameters are.
     `grad_dtype`: see `gradients.WindowGradients`; None sums low precision in float32, ends in the parameter's dtype.
     `cut(batch, start, stop)` and `num_samples(batch)`: for batches that are not nested tensors, batch dimension first.
-    `rng`: "aligned" draws for each micro-batch the rows of what the full batch would draw: its dropout, exactly.
+    `rng`: "aligned" draws for each micro-batch its rows of what the full batch would draw: its dropout, exactly, where
+    rows are the samples in their order; others are refused as far as they are seen. See the page on aligned_random.
     `process_group`: "auto" is that of the DDP modules, else all processes; None is this process alone.
     `overlap`: DDP reduces in the last backward; False: after it, and out of memory is recovered in that one too.
     """
