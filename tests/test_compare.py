@@ -22,6 +22,7 @@ from macrobatch.cli.figures import PLOTS, inline_svg
 from macrobatch.cli.gradient_meter import GradientMeter, RunningVariance
 from macrobatch.cli.measure import MemoryProbe, lower_bound
 from macrobatch.cli.report import page, rows
+from macrobatch.cli.runfiles import all_or_nothing
 from macrobatch.cli.validation import Validation
 from macrobatch.cli.way import Key, three_ways
 from macrobatch.tasks import Task, load_task
@@ -550,3 +551,13 @@ def test_text_from_a_task_is_shown_as_text() -> None:
     html = page(comparison(task="<script>alert(1)</script>"), [])
     assert "<script>" not in html
     assert "&lt;script&gt;" in html
+
+
+def test_results_are_written_also_where_somebody_removed_the_folder_meanwhile(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "compare"
+    with all_or_nothing(folder):
+        (folder / "compare.json").write_text("{}")
+    assert (folder / "compare.json").exists()
+    with pytest.raises(ValueError, match="interrupted"), all_or_nothing(folder):
+        raise ValueError("interrupted")
+    assert not any(folder.iterdir())

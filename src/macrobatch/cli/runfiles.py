@@ -39,7 +39,11 @@ def new_folder(wanted: Path) -> Path:
 
 @contextmanager
 def all_or_nothing(folder: Path) -> Iterator[None]:
-    """If what is done in the context fails or is interrupted, no file is left in `folder`: half a result is none."""
+    """If what is done in the context fails or is interrupted, no file is left in `folder`: half a result is none.
+
+    The folder is made once more, should somebody have removed it since: the work of a whole run is not for nothing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
