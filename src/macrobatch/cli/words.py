@@ -8,6 +8,7 @@ from macrobatch.cli.formats import bytes_text, number_text, seconds_text, with_e
 from macrobatch.cli.scale_words import noise, scaled_rate, sharpness
 
 EQUAL_TIME = 0.03  # time ratios closer to one than this are called equal, if they are known as closely
+SAME_GRADIENT = 1e-3  # relative differences above it are no rounding: dropout's masks, statistics of a micro-batch
 WIDE = 0.15  # a time ratio whose uncertainty is larger, relative to it, says nothing
 
 
@@ -42,6 +43,10 @@ def equality(comparison: Comparison) -> Finding | None:
         else f" For the same {comparison.batch_size} samples at the same parameters their gradients differ by at most "
         f"{comparison.gradient_difference:.1g} of their length."
     )
+    measured = comparison.gradient_difference
+    if abs(difference) <= EQUAL_LOSS and measured is not None and measured > SAME_GRADIENT:
+        title = f"{accumulation(comparison)} ended near the native large batch, by other updates"
+        return Finding(title, losses + gradients + _why_not_equal(comparison))
     if abs(difference) <= EQUAL_LOSS:
         reason = (
             " It is the same update, computed in pieces: it cannot learn better or worse, "
