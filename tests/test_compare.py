@@ -22,7 +22,7 @@ from macrobatch.cli.figures import PLOTS, inline_svg
 from macrobatch.cli.gradient_meter import GradientMeter, RunningVariance
 from macrobatch.cli.measure import MemoryProbe, lower_bound
 from macrobatch.cli.report import page, rows
-from macrobatch.cli.runfiles import all_or_nothing
+from macrobatch.cli.runfiles import all_or_nothing, new_folder, release
 from macrobatch.cli.validation import Validation
 from macrobatch.cli.way import Key, three_ways
 from macrobatch.tasks import Task, load_task
@@ -556,6 +556,17 @@ def test_text_from_a_task_is_shown_as_text() -> None:
     html = page(comparison(task="<script>alert(1)</script>"), [])
     assert "<script>" not in html
     assert "&lt;script&gt;" in html
+
+
+def test_a_folder_in_which_a_run_has_written_nothing_yet_is_not_given_to_another(tmp_path: Path) -> None:
+    first, second = new_folder(tmp_path / "run"), new_folder(tmp_path / "run")
+    assert (first.name, second.name) == ("run", "run-2")
+    (first / "compare.json").write_text("{}")
+    for folder in (first, second):
+        release(folder)
+    assert [path.name for path in first.iterdir()] == ["compare.json"]
+    assert not second.exists()
+    assert new_folder(tmp_path / "run") == second
 
 
 def test_results_are_written_also_where_somebody_removed_the_folder_meanwhile(tmp_path: Path) -> None:

@@ -535,6 +535,20 @@ def test_with_a_budget_as_many_graphs_are_kept_as_it_has_room_for() -> None:
         training("auto", max_memory=peaks[0] - 100_000)
 
 
+def test_a_budget_below_parameters_and_state_says_so_and_blames_no_loss() -> None:
+    with pytest.raises(ValueError, match=r"does not hold what every update takes beside its activations"):
+        training("auto", max_memory=200_000)
+
+
+def test_layers_that_couple_samples_are_told_at_the_users_line_with_what_can_be_chosen_here() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    with pytest.warns(UserWarning, match=r"GatheredAccumulator\(..., batch_norm=\"micro_batch\"\)") as told:
+        mb.GatheredAccumulator(model, lambda model, x: model(x), spread, micro_batch_size=2)
+    assert told[0].filename == __file__
+    assert "exact" not in str(told[0].message)
+    mb.GatheredAccumulator(model, lambda model, x: model(x), spread, micro_batch_size=2, batch_norm="micro_batch")
+
+
 def test_a_loss_that_runs_out_of_memory_while_it_is_measured_is_an_error_not_a_small_loss() -> None:
     model, x = deep(), torch.randn(512, 64, dtype=torch.float64)
     accumulator = mb.GatheredAccumulator(

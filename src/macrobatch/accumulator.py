@@ -23,6 +23,7 @@ from macrobatch import structure
 from macrobatch.arguments import check_loss_fn
 from macrobatch.auto_size import AutoSize, refuse_coupled
 from macrobatch.batch import Cut, NumSamples, Window
+from macrobatch.coupling import CHOICES
 from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks
 from macrobatch.gradients import WindowGradients, multiply_
 from macrobatch.grouping import Windows
@@ -68,6 +69,8 @@ class Accumulator:
     `overlap`: DDP reduces in the last backward; False: after it, and out of memory is recovered in that one too.
     """
 
+    _choices = CHOICES  # where layers couple samples
+
     def __init__(
         self,
         model: nn.Module | Sequence[nn.Module],
@@ -104,7 +107,7 @@ class Accumulator:
         self._everything = self._modules + self._frozen
         # "auto" refuses such layers. A model may come in eval mode, so the first window is looked at once more.
         self._may_warn = batch_norm is None and not isinstance(self._limit, AutoSize)
-        self._may_warn = self._may_warn and not warn_of_coupling(self._everything)
+        self._may_warn = self._may_warn and not warn_of_coupling(self._everything, self._choices)
         self._recipe = Recipe(
             model, self._modules, self._everything, loss_fn, count, autocast, self._unscaler, where, process_group
         )
@@ -122,7 +125,7 @@ class Accumulator:
         calls it, with its own samples, or with `Window([])`. If it raises, gradients are as before.
         """
         if self._may_warn and not self._learned.has_run:
-            warn_of_coupling(self._everything)
+            warn_of_coupling(self._everything, self._choices)
         apart = self._measure is not None
         walked = list(submodules(self._everything))  # anew for each window: nothing can go stale
         with (

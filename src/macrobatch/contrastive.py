@@ -24,6 +24,7 @@ from macrobatch.accumulator import Accumulator
 from macrobatch.alignment import random_of, without_ddp
 from macrobatch.auto_size import AutoSize
 from macrobatch.batch import Cut, NumSamples, Window, cut_batch
+from macrobatch.coupling import GATHERED_CHOICES
 from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks
 from macrobatch.gathered_forward import Encode, Encoder
 from macrobatch.gathered_loss import GatheredLoss
@@ -57,6 +58,8 @@ class GatheredAccumulator(Accumulator):
     `batch_norm`: None warns of layers that couple samples, "micro_batch" does not: they see one micro-batch at a time.
     All else is as in `Accumulator`; `measure` sees each micro-batch's part of the gradient, without the loss's own.
     """
+
+    _choices = GATHERED_CHOICES
 
     def __init__(
         self,

@@ -15,6 +15,12 @@ Choose how samples shall see each other:
     macrobatch.batchnorm.convert(model, "group")  layers that do not couple: "group", "layer", "rms", or "frozen"\
 """
 
+GATHERED_CHOICES = """\
+The loss sees the outputs of all samples, these layers one micro-batch at a time. Choose how they shall see each other:
+    macrobatch.batchnorm.convert(model, "group")        layers that do not couple: "group", "layer", "rms", or "frozen"
+    GatheredAccumulator(..., batch_norm="micro_batch")  each micro-batch by itself, on purpose\
+"""
+
 
 @dataclass(frozen=True)
 class CoupledLayer:
@@ -54,10 +60,10 @@ def _effect(layer: nn.Module) -> str | None:
     return None
 
 
-def coupling_message(layers: Sequence[CoupledLayer]) -> str:
+def coupling_message(layers: Sequence[CoupledLayer], choices: str = CHOICES) -> str:
     """What plain accumulation does to a model with these layers, and the choices."""
     others = f", and {len(layers) - 1} more" if len(layers) > 1 else ""
     return (
         f"the model couples samples: {layers[0]}{others}. Accumulated micro-batch by micro-batch, gradients and "
-        f"running statistics are not those of the effective batch. {CHOICES}"
+        f"running statistics are not those of the effective batch. {choices}"
     )

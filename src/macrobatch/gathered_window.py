@@ -203,6 +203,6 @@ def _together(action: Callable[[], T], ranks: Ranks) -> T:
 def _loss_message(message: str, num_samples: int) -> str:
     return (
         f"the loss over the outputs of all {num_samples} samples does not fit: {message}. What would help: the same "
-        "loss in blocks (RowBlocks(loss_fn, rows=...)), outputs of fewer dimensions, a larger memory budget. Smaller "
-        "micro-batches would not"
+        "loss in blocks (RowBlocks(block_loss, rows=...)), outputs of fewer dimensions, a larger memory budget. "
+        "Smaller micro-batches would not"
     )

@@ -24,7 +24,8 @@ from macrobatch.structure import Nested
 from macrobatch.substitution import held_tensors
 
 ADVICE = (
-    "What would help: the same loss in blocks (RowBlocks(loss_fn, rows=...)), outputs of fewer dimensions, more memory"
+    "What would help: the same loss in blocks (RowBlocks(block_loss, rows=...)), outputs of fewer dimensions, or more "
+    "memory"
 )
 SAMPLES = 8  # whose outputs stand for all, where the loss is measured
 
@@ -58,6 +59,12 @@ class Needs:
         except Exception:
             trace = self.account.rehearsal.real(micro_batch_size)
         room, graph = self.account.room(micro_batch_size, trace), max(trace.saved, 1)
+        if room < 0:
+            raise ValueError(
+                f"max_memory={format_bytes(self.account.max_bytes)} does not hold what every update takes beside its "
+                f"activations: parameters, gradients, optimizer state and {num_micro_batches} micro-batches of inputs. "
+                "Give a larger budget, or a smaller effective batch"
+            )
         # While the loss is computed there are no gradients, unless they were zeroed in place.
         room_for_loss = room + (0 if self.has_gradients else trace.gradients)
         if self.loss > room_for_loss:

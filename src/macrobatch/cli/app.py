@@ -14,7 +14,7 @@ from rich.markup import escape
 from macrobatch.cli import setup
 from macrobatch.cli.errors import short_errors
 from macrobatch.cli.guard import Guarding
-from macrobatch.cli.runfiles import new_folder
+from macrobatch.cli.runfiles import new_folder, release
 from macrobatch.memory import parse_bytes
 from macrobatch.scaling_rules import RuleName
 from macrobatch.tasks import load_task, parse_task_option, task_names
@@ -280,5 +280,4 @@ def _command(wanted: Path, threads: int | None = None) -> Iterator[tuple[Console
         finally:
             signal.signal(signal.SIGTERM, before)
             torch.set_num_threads(threads_before)
-            with suppress(OSError):
-                folder.rmdir()  # only if nothing was written
+            release(folder)

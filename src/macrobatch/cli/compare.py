@@ -56,7 +56,7 @@ def headline(comparer: Comparer, folder: Path) -> list[str]:
         f"the same {comparer.samples:,} samples in the same order, from the same weights, at learning rate "
         f"{comparer.learning_rate:.3g}{budget}{seeds}:",
         *(_way_line(comparer, way) for way in comparer.ways),
-        f"about {duration_text(comparer.seconds())} (minutes:seconds) at the present speed on "
+        f"about {duration_text(comparer.seconds())} (minutes:seconds, with hours before them) at the present speed on "
         f"{_device_text(comparer.device)}; other programs at work slow it down",
         f"writing to {folder}",
     ]

@@ -3,9 +3,8 @@
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,27 +13,46 @@ import torch
 from torch import nn
 from torch.utils.tensorboard.writer import SummaryWriter
 
+CLAIM = ".in-use"
+
 
 def new_folder(wanted: Path) -> Path:
     """An empty folder that can be written to: `wanted`, or if that holds something `wanted-2`, `wanted-3` and so on.
 
-    Nothing is ever overwritten. Raises ValueError if the folder cannot be made or written to.
+    Nothing is ever overwritten, also not by a run that goes on at the same time. ValueError if the folder cannot be
+    made or written to.
     """
     folder, number = wanted, 1
     try:
-        while folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            if not folder.is_dir():
-                raise NotADirectoryError(f"{folder} is a file")
+        while not _claimed(folder):
             number += 1
             folder = wanted.with_name(f"{wanted.name}-{number}")
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass  # mkdir may succeed where writing does not
     except OSError as error:
         raise ValueError(
             f"cannot write to the output folder {folder} ({error.strerror or error}); choose another with --output"
         ) from None
     return folder
+
+
+def _claimed(folder: Path) -> bool:
+    """Whether the folder was empty and is this run's now: its mark in it keeps others out until `release`."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        return False
+    try:
+        (folder / CLAIM).touch(exist_ok=False)
+    except FileExistsError:  # another run was quicker
+        return False
+    return True
+
+
+def release(folder: Path) -> None:
+    """The run that claimed the folder has ended; a folder in which it wrote nothing is gone."""
+    with suppress(OSError):
+        (folder / CLAIM).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 @contextmanager

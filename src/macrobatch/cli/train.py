@@ -61,6 +61,7 @@ def train(run: Run, folder: Path, console: Console) -> int:
             started = time.monotonic()
             outcome = _all_updates(run, measured, log, ctrl_c, memory, console)
             seconds = time.monotonic() - started
+            save_weights(folder, run.model)  # before the held-out samples: a metric of one's own may fail
             validation = _validate(run, log, ctrl_c, console) if outcome == "finished" else None
         ending = Ending(outcome, seconds, validation, memory, *_predicted(run, measured))
         _write(run, ending, folder)
@@ -154,7 +155,6 @@ def _status(run: Run, latest: list[dict[str, Any]], memory: MemoryUse) -> str:
 
 def _write(run: Run, ending: Ending, folder: Path) -> None:
     """The weights, the plot and the summary are in the folder; the summary last, so that it stands for all of them."""
-    save_weights(folder, run.model)
     if run.rows:
         plots.save_training(folder, run.rows, run.task.name)
     validation = ending.validation
