@@ -83,6 +83,7 @@ def test_an_update_of_one_micro_batch_is_measured_sample_by_sample(tmp_path: Pat
     assert found["low"] < true < found["high"]
 
 
+@pytest.mark.slow
 def test_measuring_sample_by_sample_lets_no_warning_of_torch_through(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -285,6 +285,7 @@ def test_what_was_predicted_is_shown_beside_what_was_measured(tmp_path: Path) ->
     assert summary(tmp_path / "eight")["memory_measured_bytes"] > 1.5 * found["memory_predicted_bytes"]
 
 
+@pytest.mark.slow
 def test_the_data_set_takes_nothing_from_the_budget(tmp_path: Path) -> None:
     options = ["--batch-size", "16", "--micro-batch-size", "4", "--steps", "2", "--device", "cpu"]
     run(*options, "--max-memory", "9MB", "--output", tmp_path / "run")

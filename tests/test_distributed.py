@@ -7,7 +7,7 @@ from processes import outcomes_of
 pytestmark = pytest.mark.distributed
 
 
-@pytest.fixture(scope="session", params=[2, 3])
+@pytest.fixture(scope="session", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """For each claim the traceback of each rank, empty where it held; all claims in one start of the processes."""
     return outcomes_of(ranks.__file__, ranks.claims(), request.param, tmp_path_factory.mktemp("ranks"))
