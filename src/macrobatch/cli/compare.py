@@ -51,12 +51,14 @@ def headline(comparer: Comparer, folder: Path) -> list[str]:
     task, more = comparer.task, comparer.options.seeds - 1
     budget = "" if comparer.max_memory is None else f"; budget {bytes_text(comparer.max_memory)}"
     seeds = f", and all but the native batch at {counted(more, 'more seed')}" if more else ""
+    seconds = comparer.seconds()
+    hours = "hours:" if seconds >= 3600 else ""
     return [
         f"{task.name}: {task.description}" if task.description else task.name,
         f"the same {comparer.samples:,} samples in the same order, from the same weights, at learning rate "
         f"{comparer.learning_rate:.3g}{budget}{seeds}:",
         *(_way_line(comparer, way) for way in comparer.ways),
-        f"about {duration_text(comparer.seconds())} (minutes:seconds, with hours before them) at the present speed on "
+        f"about {duration_text(seconds)} ({hours}minutes:seconds) at the present speed on "
         f"{_device_text(comparer.device)}; other programs at work slow it down",
         f"writing to {folder}",
     ]
