@@ -71,6 +71,11 @@ def own_optimizer() -> Task:
     return replace(line(), make_optimizer=lambda model, lr: Halving(model.parameters()))
 
 
+def broken_metric() -> Task:
+    """A metric that returns a mean, and not a sum with its weight: seen only after training."""
+    return replace(line(), metrics={"mean": lambda model, pair: (model(pair[0]) - pair[1], "no weight")})
+
+
 def broken() -> Task:
     raise ValueError("a bug of my own")
 

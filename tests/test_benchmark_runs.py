@@ -1,6 +1,7 @@
 """Benchmarks keep what they measured: results are written whole, runs are made once, turns are counted."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,3 +78,15 @@ def test_options_are_those_of_the_benchmark_and_the_threads(monkeypatch: pytest.
     arguments = common.parsed(common.parser("What it is.\n\nMore.", micro_batch_size=16, rounds=3))
     assert vars(arguments) == {"micro_batch_size": 4, "rounds": 3, "threads": 1, "output": tmp_path / "a.json"}
     assert common.machine()["machine"].endswith("1 thread(s)")
+
+
+def test_the_page_says_the_overhead_that_was_measured() -> None:
+    root = Path(__file__).parents[1]
+    results = json.loads((root / "benchmarks" / "results" / "overhead.json").read_text(encoding="utf-8"))
+    page = (root / "docs" / "accumulator.md").read_text(encoding="utf-8")
+    said = page[page.index("**Time over the hand-written loop**") : page.index("## When not to use it")]
+    for name in benchmark("overhead").CASES:
+        assert f"{results[name]['macrobatch'][1]:.2f}" in said, name
+        assert re.search(
+            rf"\b{results[name]['ms per micro-batch']:.1f} ms|\b{results[name]['ms per micro-batch']:.0f} ms", said
+        )

@@ -463,3 +463,11 @@ def test_ctrl_c_before_the_first_update_leaves_nothing_and_ends_with_130(tmp_pat
     said, _ = child.communicate(timeout=120)
     assert child.returncode in (130, 0), said  # 0 where it was quicker than the signal
     assert "Traceback" not in said
+
+
+def test_the_weights_are_kept_where_a_metric_fails_after_training(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["train", "--task", "own_tasks:broken_metric", "--output", str(tmp_path / "run")])
+    assert result.exit_code != 0
+    assert not (tmp_path / "run" / "summary.json").exists()
+    trained, before = weights(tmp_path / "run"), load_task("own_tasks:line").model.state_dict()
+    assert any(not torch.equal(trained[name], before[name]) for name in before)

@@ -54,8 +54,8 @@ class Tally:
     ) -> "Totals":
         """Everything summed over the window and over ranks: numbers where that costs no host sync, else of shape ().
 
-        `names`: the columns that any rank has, the same on every rank; None is all of them, and the `expected` sums.
-        ValueError for a column beside them.
+        `names`, for several ranks: the columns that any of them has, the same on every rank, and a ValueError for one
+        beside them; None asks for all. The `expected` sums are there in any case.
         """
         own = Totals(
             {name: total(self._sums[name], device) for name in dict.fromkeys([*self._sums, *expected])},
