@@ -432,6 +432,108 @@ def test_a_loss_in_blocks_of_rows_is_the_same_loss(rows: int) -> None:
     assert abs(float(accumulator.evaluate(batch).loss) - float(report.loss)) <= 1e-12
 
 
+def mean_of_the_block(model: Towers, outputs: dict[str, Tensor], window: Any, rows: slice) -> Tensor:
+    """What comes to mind first: the mean over the block's rows instead of their share of the whole mean."""
+    left, right = (F.normalize(outputs[side], dim=-1) for side in ("left", "right"))
+    return F.cross_entropy(left[rows] @ right.T * model.log_scale.exp(), torch.arange(len(left))[rows])
+
+
+def loss_of_all(model: Towers, outputs: dict[str, Tensor], window: Any, rows: slice) -> Tensor:
+    return info_nce(model, outputs, window)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 11, 100])
+@pytest.mark.parametrize("method", ["run", "evaluate"])
+@pytest.mark.parametrize("wrong", [mean_of_the_block, loss_of_all])
+def test_blocks_that_do_not_add_up_are_refused_in_the_first_window(
+    wrong: Callable[..., Tensor], method: str, rows: int
+) -> None:
+    model, batch = case()
+    accumulator = mb.GatheredAccumulator(model, encode, mb.RowBlocks(wrong, rows=rows), micro_batch_size=4)
+    last = min(max(rows, 2), N) - 1
+    message = (
+        rf"do not add up: \S+ for rows 0 to {last}, but \S+ for rows? 0.* and \S+ for rows? .*{last}\. Needed is, .* "
+        rf"over all {N} samples\. Divide the sum over these rows by the number of all samples"
+    )
+    with pytest.raises(ValueError, match=message):
+        getattr(accumulator, method)(batch)
+    assert all(p.grad is None for p in model.parameters()), "gradients are as before"
+
+
+def test_that_blocks_add_up_is_looked_at_once() -> None:
+    model, batch = case()
+    calls: list[tuple[int, int]] = []
+
+    def counting(m: Towers, outputs: dict[str, Tensor], window: Any, rows: slice) -> Tensor:
+        calls.append((rows.start, rows.stop))
+        return info_nce_rows(m, outputs, window, rows)
+
+    blocks = [(0, 4), (4, 8), (8, 11)]
+    accumulator = mb.GatheredAccumulator(model, encode, mb.RowBlocks(counting, rows=4), micro_batch_size=4)
+    accumulator.run(batch)
+    assert calls == [(0, 4), (0, 4), (0, 2), (2, 4), *blocks[1:]]
+    for _ in range(3):
+        calls.clear()
+        accumulator.run(batch, add=True)
+        accumulator.evaluate(batch)
+        assert calls == 2 * blocks
+
+
+def test_blocks_without_a_loss_tell_nothing_and_the_next_one_is_looked_at() -> None:
+    """A hinge that is 0 for the first rows adds up whatever it is divided by."""
+    model, batch = case()
+
+    def late_mean(m: Towers, outputs: dict[str, Tensor], window: Any, rows: slice) -> Tensor:
+        is_late = (torch.arange(N)[rows] >= 6).to(torch.float64)
+        return (F.normalize(outputs["left"][rows], dim=-1).square().sum(1) * is_late).mean()
+
+    with pytest.raises(ValueError, match=r"for rows 6 to 8, but \S+ for row 6 and \S+ for rows 7 to 8\. Needed"):
+        mb.GatheredAccumulator(model, encode, mb.RowBlocks(late_mean, rows=3), micro_batch_size=4).run(batch)
+
+
+class CountingBlocks(nn.Module):
+    """Shares that depend on a buffer that each call changes: of the loss itself, and of what it uses of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("bank", torch.zeros(20_000, dtype=torch.float64))  # larger than what is always copied
+
+    def forward(self, model: nn.Module, outputs: Tensor, window: Any, rows: slice) -> Tensor:
+        self.calls += 1
+        self.bank.add_(1)
+        model[1](outputs[rows])  # running statistics of BatchNorm
+        return torch.cdist(outputs[rows], outputs).sum() / len(outputs) + 0 * self.bank[0]
+
+
+def test_looking_at_blocks_leaves_buffers_and_random_numbers_as_they_were() -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)).double()
+    x, loss_fn = torch.randn(N, 5, dtype=torch.float64), CountingBlocks()
+    after = torch.get_rng_state()
+    accumulator = mb.GatheredAccumulator(
+        model, lambda m, part: m[0](part), mb.RowBlocks(loss_fn, rows=4), micro_batch_size=4, batch_norm="micro_batch"
+    )
+    accumulator.run(x)
+    assert float(loss_fn.calls) == float(loss_fn.bank[0]) == int(model[1].num_batches_tracked) == 3
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_limit_of_blocks_that_draw_random_numbers_it_is_not_known_whether_they_add_up() -> None:
+    model, batch = case()
+
+    def noisy(m: Towers, outputs: dict[str, Tensor], window: Any, rows: slice) -> Tensor:
+        return mean_of_the_block(m, outputs, window, rows) * (1 + torch.rand(()))
+
+    torch.manual_seed(0)
+    by_hand = encode(model, batch)
+    for rows in (slice(0, 4), slice(4, 8), slice(8, 11)):
+        noisy(model, by_hand, None, rows)
+    following = torch.rand(2)
+    torch.manual_seed(0)
+    mb.GatheredAccumulator(model, encode, mb.RowBlocks(noisy, rows=4), micro_batch_size=4).run(batch)
+    assert torch.equal(torch.rand(2), following)
+
+
 def test_in_blocks_the_matrix_of_all_pairs_never_stands_whole() -> None:
     n = 600
     model, batch = case(n)
@@ -784,6 +886,42 @@ def test_a_trainable_tensor_outside_of_model_and_loss_is_refused() -> None:
 def test_what_cannot_work_is_refused_before_anything_runs(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(**arguments)
+
+
+def swapped(window: Any) -> Any:
+    return window
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: mb.RowBlocks(info_nce, rows=4),
+            r"block_loss must be callable with \(model, outputs, window, rows\), and info_nce\(model: .*\) .* is not: "
+            r"too many positional arguments\. The loss of all samples at once is a loss_fn without RowBlocks",
+        ),
+        (
+            lambda: mb.RowBlocks(swapped, rows=4),
+            r"block_loss must be callable with \(model, outputs, window, rows\), and swapped\(window: .* is not: too",
+        ),
+        (lambda: mb.RowBlocks(7, rows=4), r"with \(model, outputs, window, rows\), got 7, which cannot be called"),
+        (
+            lambda: run(loss_fn=info_nce_rows),
+            r"loss_fn must be callable .* missing a required argument: 'rows'\. A loss in blocks of rows is given as "
+            r"RowBlocks\(block_loss, rows=...\)",
+        ),
+        (
+            lambda: run(loss_fn=nn.CrossEntropyLoss()),
+            r"CrossEntropyLoss\(input: .*\) .* is not: .*\. Write one that calls it with what it needs of outputs",
+        ),
+        (lambda: run(nn.Linear(5, 6)), r"Linear\(input: .*encode=lambda model, micro_batch: model\(micro_batch\)"),
+    ],
+)
+def test_functions_with_other_arguments_are_refused_with_what_to_give_instead(
+    make: Callable[[], Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_blocks_have_at_least_one_row() -> None:

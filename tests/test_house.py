@@ -32,6 +32,7 @@ LEVELS = (
         "unscaling",
         "sizing",
         "storages",
+        "signatures",
         "speed",
         "moments",
         "lanczos",

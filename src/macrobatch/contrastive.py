@@ -10,9 +10,8 @@ was kept, and a backward from z_j with g_j. 2K - m forwards. Cached gradients (G
 m = 0.
 """
 
-import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -36,6 +35,7 @@ from macrobatch.modules import Frozen
 from macrobatch.rehearsal import Rehearsal
 from macrobatch.replay import Replay
 from macrobatch.report import Report
+from macrobatch.signatures import check_callable, takes
 from macrobatch.sizing import SizeLimit
 from macrobatch.structure import Nested, map_tensors, tensors
 from macrobatch.window_pass import Autocast, WindowPass
@@ -82,8 +82,7 @@ class GatheredAccumulator(Accumulator):
         rng: Literal["aligned"] | None = None,
         process_group: GroupChoice = AUTO,
     ) -> None:
-        _check_callable(encode, "encode", ("model", "micro_batch"))
-        _check_callable(loss_fn, "loss_fn", ("model", "outputs", "window"))
+        _check_functions(encode, loss_fn)
         if batch_norm not in (None, "micro_batch"):
             raise ValueError(
                 f"batch_norm={batch_norm!r} is not for losses over all outputs: micro-batches run one by one, twice. "
@@ -237,14 +236,11 @@ def _graph_limit(keep_graphs: int | Literal["auto"]) -> SizeLimit:
     return SizeLimit(keep_graphs + 1)
 
 
-def _check_callable(function: Callable[..., Any], name: str, arguments: tuple[str, ...]) -> None:
-    """ValueError if `function` cannot be called with `arguments`."""
-    called = function.forward if isinstance(function, nn.Module) else function
-    try:
-        inspect.signature(called).bind(*arguments)
-    except TypeError as error:
-        raise ValueError(
-            f"{name} must be callable with ({', '.join(arguments)}), and a {type(function).__name__} is not: {error}"
-        ) from None
-    except ValueError:
-        pass  # some builtins have no signature
+def _check_functions(encode: Encode, loss_fn: GatheredLoss) -> None:
+    """ValueError if `encode` or `loss_fn` cannot be called as they will be; it says what each was taken for."""
+    whole = ". A model is handed to it: encode=lambda model, micro_batch: model(micro_batch)"
+    check_callable(encode, "encode", ("model", "micro_batch"), whole if takes(encode, 1) else "")
+    of_outputs = ". Write one that calls it with what it needs of outputs"
+    in_blocks = ". A loss in blocks of rows is given as RowBlocks(block_loss, rows=...)"
+    advice = in_blocks if takes(loss_fn, 4) else of_outputs
+    check_callable(loss_fn, "loss_fn", ("model", "outputs", "window"), advice)

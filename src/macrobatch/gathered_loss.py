@@ -123,6 +123,9 @@ class WindowLoss:
                 loss = self._loss_fn.loss_fn(model, nested, window, rows)
             yield checked_loss(loss)
             del loss
+            if not self._learned.has_run:
+                with self._encoder.around_forward():
+                    self._loss_fn.look_once(model, nested, window, rows)
 
     def _share_backward(self, share: Tensor, outputs: Outputs) -> None:
         self.value += share.detach().to(self.value)
