@@ -1,6 +1,7 @@
 """A loss over all outputs of a window has the full batch's gradient, however it is cut and whatever graphs are kept."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from helpers import clear, difference, gradients, reference, textbook
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 import macrobatch as mb
 
@@ -633,13 +635,72 @@ def test_with_a_budget_as_many_graphs_are_kept_as_it_has_room_for() -> None:
         assert forwards == 2 * 8 - accumulator.keep_graphs
         assert peak <= budget
     assert all(keep - 1 <= found <= keep for keep, found in chosen.items()), chosen
-    with pytest.raises(ValueError, match=r"for the loss over all outputs, which takes .*RowBlocks"):
-        training("auto", max_memory=peaks[0] - 100_000)
 
 
-def test_a_budget_below_parameters_and_state_says_so_and_blames_no_loss() -> None:
-    with pytest.raises(ValueError, match=r"does not hold what every update takes beside its activations"):
-        training("auto", max_memory=200_000)
+def std(model: nn.Module, outputs: Tensor, window: Any) -> Tensor:
+    """A loss that takes next to nothing."""
+    return outputs.std(0).mean()
+
+
+BUDGETS = {
+    "the loss": (128, spread, 16, "while the loss is computed", "outputs and loss", "the same loss in blocks"),
+    "a backward": (128, std, 128, "in the backward of a micro-batch", "activations", "a smaller micro_batch_size"),
+    "the step": (16, std, 4, "in the optimizer's step", "the step itself", "training fewer parameters"),
+}
+
+
+@pytest.mark.parametrize("auto", [False, True], ids=["given size", "auto"])
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_budget_that_is_too_small_is_told_with_what_takes_it_and_how_much_would_do(name: str, auto: bool) -> None:
+    n, loss_fn, size, moment, part, advice = BUDGETS[name]
+    x = torch.randn(n, 64, dtype=torch.float64)
+
+    def attempt(max_memory: int | str) -> int:
+        model, size_asked = deep(), "auto" if auto else size
+        accumulator = mb.GatheredAccumulator(
+            model, lambda m, part: m(part), loss_fn, micro_batch_size=size_asked, max_memory=max_memory
+        )
+        with mb.MemoryMeter() as meter:
+            accumulator.run(x)
+        return meter.peak
+
+    if auto and name == "a backward":
+        advice = "recomputing activations"
+    cut = "even in micro-batches of one sample" if auto else f"in micro-batches of {size} samples"
+    with pytest.raises(
+        ValueError, match=rf"^max_memory=100\.00 kB is too small for a window of {n} samples: {cut}"
+    ) as e:
+        attempt(100_000)
+    told = re.fullmatch(
+        rf".* it needs at least (\S+ .B), most of all {moment}: (.*)\. Give \1 or more, or a smaller effective batch\. "
+        rf"What would also help: {advice}.*",
+        str(e.value),
+    )
+    assert told is not None, str(e.value)
+    parts = dict(re.findall(r"(\D+?) (\d\S* k?M?B)(?:, |$)", told[2]))
+    assert {"parameters", "optimizer state (as of AdamW)", "inputs", part} <= parts.keys()
+    least = mb.parse_bytes(told[1])
+    assert sum(map(mb.parse_bytes, parts.values())) == pytest.approx(least, rel=0.01), "all that is needed"
+    assert attempt(told[1]) <= least
+    with pytest.raises(ValueError, match="is too small"):
+        attempt(int(0.98 * least))
+
+
+@pytest.mark.parametrize("size", [16, "auto"])
+def test_with_a_budget_too_a_loader_is_told_from_a_batch(size: Any) -> None:
+    x = torch.randn(32, 64, dtype=torch.float64)
+    options: dict[str, Any] = {"micro_batch_size": size, "max_memory": "10MB"}
+    accumulator = mb.GatheredAccumulator(deep(), lambda m, part: m(part), spread, **options)
+    with pytest.raises(ValueError, match=r"one effective batch at a time, got a DataLoader: for batch in loader: run"):
+        accumulator.run(DataLoader(x, batch_size=16))
+
+
+def test_a_budget_that_is_too_small_is_named_as_it_was_given() -> None:
+    for given in ("0.0001%", "2kB", 2000):
+        said = r"'0\.0001%', here \S+ k?B," if given == "0.0001%" else r"2\.00 kB"
+        for size in (16, "auto"):
+            with pytest.raises(ValueError, match=rf"^max_memory={said} is too small for a window of 128 samples"):
+                training("auto", size=size, max_memory=given)
 
 
 def test_layers_that_couple_samples_are_told_at_the_users_line_with_what_can_be_chosen_here() -> None:

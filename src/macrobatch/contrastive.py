@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from macrobatch.accumulator import Accumulator
+from macrobatch.accumulator import NO_BATCH, Accumulator
 from macrobatch.alignment import random_of, without_ddp
-from macrobatch.auto_size import AutoSize
+from macrobatch.auto_size import AutoSize, refuse_coupled
 from macrobatch.batch import Cut, NumSamples, Window, cut_batch
 from macrobatch.coupling import GATHERED_CHOICES
 from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks
@@ -163,11 +163,15 @@ class GatheredAccumulator(Accumulator):
 
     def _window(self, batch: Nested) -> Window:
         """As of any accumulator; with a budget the loss takes its part of it first, and graphs what is left at last."""
-        searches = isinstance(self._limit, AutoSize) and not self._limit.has_begun
-        is_settled = not isinstance(self._limit, AutoSize) or self._limit.is_found
-        needs = self.needs(batch) if searches or (self._has_room_for_graphs and is_settled) else None
-        if searches and needs is not None:
-            self._max_memory = needs.left
+        search = self._limit if isinstance(self._limit, AutoSize) else None
+        begins = search is not None and not search.has_begun
+        is_settled = search is None or search.is_found
+        looks = (begins or (self._has_room_for_graphs and is_settled)) and not isinstance(batch, NO_BATCH)
+        needs = self.needs(batch) if looks else None
+        if search is not None and begins and needs is not None:
+            refuse_coupled(self._everything)
+            samples = max(batch.micro_batch_sizes) if isinstance(batch, Window) else needs.account.num_samples
+            search.begin(needs.largest(samples), samples)
         window = super()._window(batch)
         if self._has_room_for_graphs and is_settled and needs is not None:
             self._graphs = SizeLimit(1 + needs.graphs(max(window.micro_batch_sizes), len(window)))
