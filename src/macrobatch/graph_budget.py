@@ -109,7 +109,8 @@ class Needs:
         parts = ", ".join(f"{name} {format_bytes(num_bytes)}" for name, num_bytes in peak.parts.items())
         raise ValueError(
             f"{self.budget} is too small for a window of {self.account.num_samples} samples: {cut} it needs at least "
-            f"{least}, most of all {peak.moment}: {parts}. Give {least} or more, or a smaller effective batch. What "
+            f"{least}, most of all {peak.moment}: {parts} (optimizer: "
+            f"{self.account.update(trace.idle).assumption}). Give {least} or more, or a smaller effective batch. What "
             f"would also help: {peak.advice}"
         )
 
@@ -117,7 +118,7 @@ class Needs:
         """What a window takes in each phase, in micro-batches of the trace's size, without kept graphs."""
         account, update = self.account, self.account.update(trace.idle)
         inputs, kept = account.inputs(trace.micro_batch_size), account.kept(trace.micro_batch_size)
-        state = {"optimizer state (as of AdamW)": update.state, "inputs": inputs}
+        state = {"optimizer state": update.state, "inputs": inputs}
         before = {"parameters": trace.parameters} | ({"gradients": trace.gradients} if self.has_gradients else {})
         held = {"parameters": trace.parameters, "gradients": trace.gradients} | state
         smaller = "" if trace.micro_batch_size == 1 else 'a smaller micro_batch_size, or "auto", '
