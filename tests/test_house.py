@@ -58,7 +58,7 @@ LEVELS = (
     ("ways",),
     ("accumulator", "loops", "update"),
     ("row_blocks", "gathered_forward"),
-    ("gathered_loss", "gathered_backward"),
+    ("gathered_loss", "gathered_backward", "gathered_pairs"),
     ("gathered_window", "graph_budget"),
     ("epoch", "per_example", "hessian"),
     # What scaling_rules and warmup stand on.

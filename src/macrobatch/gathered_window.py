@@ -13,6 +13,7 @@ from macrobatch.distributed import GradientReduction, Ranks
 from macrobatch.gathered_backward import Backwards, StartOver, rows_of
 from macrobatch.gathered_forward import Encode, Encoder, FirstForwards
 from macrobatch.gathered_loss import GatheredLoss, WindowLoss
+from macrobatch.gathered_pairs import refuse_pairs
 from macrobatch.gathering import Outputs, gathered
 from macrobatch.gradients import WindowGradients
 from macrobatch.measuring import Gradients, Measure, Measurement
@@ -69,7 +70,7 @@ class GatheredWindow:
     def evaluate(self, window: Window) -> None:
         """The loss is known."""
         self._together(lambda: self._first.run(window, 0, self._recovery, self._reduction))
-        outputs, _ = self._gather()
+        outputs, _ = self._gather(window)
         self._loss = loss = self._window_loss()
         self._together(lambda: loss.evaluate(window, outputs))
         loss.sum_value()
@@ -82,16 +83,24 @@ class GatheredWindow:
         start_over = self._together(lambda: self._must_start_over(window, gradients, loss))
         return not self._ranks.any(start_over)
 
-    def _gather(self) -> tuple[Outputs, slice]:
+    def _gather(self, window: Window) -> tuple[Outputs, slice]:
         """The outputs of the effective batch, and which of its rows are this rank's."""
-        return gathered(self._together(self._first.own), self._ranks)
+        return gathered(self._together(lambda: self._own(window)), self._ranks)
+
+    def _own(self, window: Window) -> Outputs:
+        """The outputs of this rank's samples; in the first window it is seen whether they compare samples."""
+        first = self._first
+        if not self._pass.learned.has_run and first.pieces and (len(first.pieces) > 1 or self._ranks.size > 1):
+            self._reduction.announce(False, is_retry=True)  # a forward that not every rank runs
+            refuse_pairs(first, window, self._recipe.cut, self._pass.device)
+        return first.own()
 
     def _window_loss(self) -> WindowLoss:
         return WindowLoss(self._encoder, self._recipe.loss_fn, self._pass.learned, self._pass.parameters, self._ranks)
 
     def _loss_gradients(self, loss: WindowLoss, window: Window, gradients: WindowGradients) -> None:
         """The loss knows its gradients by this rank's outputs; those by its own parameters are in `p.grad`."""
-        outputs, own = self._gather()
+        outputs, own = self._gather(window)
         before = loss.versions()
         self._together(lambda: self._loss_backward(loss, window, outputs, gradients))
         loss.settle(outputs, own, before)
@@ -166,7 +175,6 @@ class GatheredWindow:
         assert self._loss is not None
         moments, mean_squares = self._moments(sums)
         sizes = [size for piece in self._first.pieces for size in piece.sizes or [piece.num_samples]]
-        weight = torch.tensor(float(self._loss.num_samples), dtype=torch.float64, device=self._pass.home)
         return Report(
             loss=self._loss.value,
             loss_weight=weight,
