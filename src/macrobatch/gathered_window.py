@@ -175,6 +175,7 @@ class GatheredWindow:
         assert self._loss is not None
         moments, mean_squares = self._moments(sums)
         sizes = [size for piece in self._first.pieces for size in piece.sizes or [piece.num_samples]]
+        weight = torch.tensor(float(self._loss.num_samples), dtype=torch.float64, device=self._pass.home)
         return Report(
             loss=self._loss.value,
             loss_weight=weight,
