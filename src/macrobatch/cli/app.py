@@ -14,6 +14,7 @@ from rich.markup import escape
 from macrobatch.cli import setup
 from macrobatch.cli.errors import short_errors
 from macrobatch.cli.guard import Guarding
+from macrobatch.cli.preparing import busy
 from macrobatch.cli.runfiles import new_folder, release
 from macrobatch.memory import parse_bytes
 from macrobatch.scaling_rules import RuleName
@@ -188,7 +189,8 @@ def train(
         seed=seed,
     )
     with _command(output or Path("runs") / _folder_name(task), threads) as (console, folder):
-        run = Run(load_task(task, seed=seed, **dict(task_option or [])), options)
+        with busy(console, f"loading {task}"):
+            run = Run(load_task(task, seed=seed, **dict(task_option or [])), options)
         code = train_run(run, folder, console)
     raise typer.Exit(code)
 
@@ -246,6 +248,7 @@ def plan(
     max_memory: MaxMemory = None,
     precision: PrecisionName = "fp32",
     device: DeviceName = "auto",
+    threads: Threads = None,
     seed: Seed = 0,
     output: Output = None,
 ) -> None:
@@ -254,8 +257,10 @@ def plan(
     from macrobatch.cli.plan import plan as plan_task
 
     options = PlanOptions(batch_size=batch_size, max_memory=max_memory, precision=precision, device=device, seed=seed)
-    with _command(output or Path("runs") / f"plan-{_folder_name(task)}") as (console, folder):
-        plan_task(load_task(task, seed=seed, **dict(task_option or [])), options, folder, console)
+    with _command(output or Path("runs") / f"plan-{_folder_name(task)}", threads) as (console, folder):
+        with busy(console, f"loading {task}"):
+            loaded = load_task(task, seed=seed, **dict(task_option or []))
+        plan_task(loaded, options, folder, console)
 
 
 def _folder_name(task: str) -> str:

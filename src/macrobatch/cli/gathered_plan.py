@@ -61,7 +61,7 @@ class GatheredNeeds:
         device = next(model.parameters()).device
         held = sum(tensor.nbytes for tensor in held_tensors([model]))
         max_bytes = budget_bytes(max_memory, device, held)
-        accumulator = accumulator_of(task, model, max_memory=max_bytes, autocast=autocast)
+        accumulator = accumulator_of(task, model, max_memory=max_memory, autocast=autocast)
         assert isinstance(accumulator, GatheredAccumulator)
         needs = accumulator.needs(_window(task, batch_size))
         assert needs is not None  # there are samples
@@ -88,11 +88,12 @@ class GatheredNeeds:
             return None
 
     def graphs(self, size: int) -> int:
-        """How many graphs can be kept beside micro-batches of that size. ValueError if the loss has no room."""
+        """How many graphs can be kept beside micro-batches of that size. ValueError if an update has no room at all."""
         return self.needs.graphs(size, -(-self.batch_size // size))
 
     def fitting(self) -> Fitting:
-        """The largest micro-batch that fits beside all outputs. ValueError where not even one sample does."""
+        """The largest micro-batch that fits beside all outputs. ValueError where not even one sample, or the loss, does."""
+        self.needs.refuse_too_little(self.needs.trace(1))
         return self.beside_outputs.search(check=True)
 
     @property

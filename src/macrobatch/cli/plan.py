@@ -1,6 +1,5 @@
 """`macrobatch plan`: which micro-batch size fits, which is fastest, and what takes the memory, before any training."""
 
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from macrobatch.cli.forecast import coupling_layer, sample_batch
 from macrobatch.cli.gathered_plan import GatheredNeeds, gathered_plan
 from macrobatch.cli.plan_figure import save_curve
 from macrobatch.cli.plan_words import choices_table, lines, memory_table
+from macrobatch.cli.preparing import busy
 from macrobatch.cli.progress import say
 from macrobatch.cli.runfiles import write_json
 from macrobatch.planning import Plan
@@ -36,7 +36,7 @@ def plan(task: Task, options: PlanOptions, folder: Path, console: Console) -> Pl
     """The plan is on the terminal, and with its curve in `folder`."""
     device = setup.device_named(options.device)
     say(console, f"{task.name}: {task.description}" if task.description else task.name)
-    with console.status("planning") if console.is_terminal else nullcontext():
+    with busy(console, "planning"):
         found = planned(task, options, device)
     say(console, f"effective batch of {found.batch_size:,} samples in {options.precision} on {found.device}")
     write_json(folder / "plan.json", plan_json(found))

@@ -52,7 +52,7 @@ def choices_table(plan: Plan) -> Table:
 
 def memory_table(plan: Plan) -> Table:
     """Bytes of each kind at the peak, with a bar whose full width is the peak of the largest choice."""
-    table = Table(title="what takes the memory: predicted bytes at the peak", title_justify="left")
+    table = Table(title="what takes the memory at the peak", title_justify="left")
     table.add_column("")
     found = choices(plan)
     for title in found:

@@ -16,7 +16,9 @@ from macrobatch.cli.formats import bytes_text, number_text
 from macrobatch.cli.guard import guard_entry, log_lines
 from macrobatch.cli.interrupt import CtrlC
 from macrobatch.cli.memory_use import MemoryUse, uncounted
+from macrobatch.cli.metric_check import check_metrics
 from macrobatch.cli.noise_watch import short_interval
+from macrobatch.cli.preparing import prepare
 from macrobatch.cli.progress import Progress, say
 from macrobatch.cli.rescaling import scaling_entry
 from macrobatch.cli.run import Run
@@ -52,8 +54,10 @@ class Ending:
 
 def train(run: Run, folder: Path, console: Console) -> int:
     """The run has ended, and everything about it is in `folder`; returns the exit code of the process."""
+    check_metrics(run.model, run.task, run.micro_batch_size, run.autocast)
     for line in headline(run, folder):
         say(console, line)
+    prepare(run.task, console)
     measured = measured_update(run)
     memory = MemoryUse(run.device, run.max_memory)
     with CtrlC(lambda text: say(console, text)) as ctrl_c:

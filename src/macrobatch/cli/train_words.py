@@ -109,7 +109,8 @@ def closing(run: Run, ending: "Ending", folder: Path) -> list[str]:
             f"over {counted(ending.validation.num_samples, 'sample')}"
         )
     lines += _noise_lines(run)
-    lines.append(f"{', '.join(sorted(path.name for path in folder.iterdir()))} in {folder}")
+    written = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    lines.append(f"{', '.join(written)} in {folder}")
     return lines
 
 

