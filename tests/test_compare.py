@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from macrobatch.cli import app, words
-from macrobatch.cli.comparison import Comparison, Course, Memory, Result, time_ratio
+from macrobatch.cli.comparison import Comparison, Course, Memory, Result
 from macrobatch.cli.estimates import Estimate, paired_difference, ratio_of
 from macrobatch.cli.figures import PLOTS, inline_svg
 from macrobatch.cli.gradient_meter import GradientMeter, RunningVariance
@@ -472,7 +472,7 @@ def test_the_base_of_these_tests_says_what_accumulation_is() -> None:
         ),
         (
             with_result("accumulated", course=course(2.5, updates=16, seconds=0.15, jitter=0.1)),
-            "Timings on this machine were too noisy to compare",  # 1.5 times, but with an uncertainty as large
+            "Which is faster, timings on this machine do not tell",  # 1.5 times, but with an uncertainty as large
             "the same time",
         ),
     ],
@@ -486,25 +486,6 @@ def test_the_words_change_with_the_numbers(changed: Comparison, said: str, said_
     if said_no_more != "is not a sum over samples":
         assert said_no_more in text(comparison())
     assert not re.search(said, text(comparison()))
-
-
-@pytest.mark.parametrize(
-    ("paired", "of_medians", "said"),
-    [
-        (Estimate(1.01, 0.002), 0.99, "took the same time"),
-        (Estimate(1.01, 0.02), 1.00, "too noisy to compare"),  # near one, but by chance
-        (Estimate(1.02, 0.002), 1.04, "took 1.02 times as long"),  # the table would not be called the same
-        (Estimate(0.95, 0.01), 0.94, "took 0.95 times as long"),
-        (Estimate(0.95, 0.02), 80 / 99, "too noisy to compare"),  # the table says otherwise
-        (Estimate(1.30, 0.08), 1.28, "too noisy to compare"),  # clear, but known by a fifth only
-        (Estimate(1.30, 0.03), 1.28, "took 1.30 times as long"),
-        (Estimate(1.05, 0.01), 1.05, "took 1.05 times as long"),
-    ],
-)
-def test_the_words_on_speed_are_those_that_both_estimates_agree_to(
-    paired: Estimate, of_medians: float, said: str
-) -> None:
-    assert said in words._speed_finding(paired, of_medians, "").title
 
 
 def test_the_ratio_in_the_words_is_that_of_the_speeds_in_the_table() -> None:
@@ -530,9 +511,6 @@ def test_ratios_carry_the_errors_of_both() -> None:
     found = ratio_of(Estimate(2.0, 0.06), Estimate(4.0, 0.16))
     assert found.value == 0.5
     assert found.standard_error == pytest.approx(0.5 * 0.05)
-    timed = time_ratio(course(1.0, updates=16, seconds=0.2), course(1.0, updates=16, seconds=0.1))
-    assert timed.value == pytest.approx(2.0, rel=0.01)
-    assert timed.standard_error < 0.02
 
 
 @pytest.mark.parametrize("plot", PLOTS, ids=[plot.name for plot in PLOTS])

@@ -18,8 +18,9 @@ from macrobatch.cli.figures import save_main_picture
 from macrobatch.cli.formats import bytes_text, counted, duration_text
 from macrobatch.cli.gradient_meter import GradientStatistics
 from macrobatch.cli.progress import Progress, say
-from macrobatch.cli.report import page, terminal_table
+from macrobatch.cli.report import page
 from macrobatch.cli.runfiles import all_or_nothing, write_json, write_text
+from macrobatch.cli.terminal_table import terminal_table
 from macrobatch.cli.way import Key, Way
 from macrobatch.cli.words import findings
 from macrobatch.tasks import Task
@@ -39,7 +40,7 @@ def compare(make_task: Callable[[int], Task], options: CompareOptions, folder: P
         write_json(folder / "compare.json", {**asdict(comparison), "findings": [asdict(each) for each in said]})
         save_main_picture(folder / "compare.png", comparison)
         write_text(folder / "report.html", page(comparison, said))
-    console.print(terminal_table(comparison))
+    console.print(terminal_table(comparison, console.width))
     for finding in said:
         console.print(f"\n[bold]{escape(finding.title)}.[/]\n{escape(finding.text)}")
     console.print(f"\nreport: {escape(str(folder / 'report.html'))}", soft_wrap=True)
@@ -55,7 +56,8 @@ def headline(comparer: Comparer, folder: Path) -> list[str]:
     hours = "hours:" if seconds >= 3600 else ""
     return [
         f"{task.name}: {task.description}" if task.description else task.name,
-        f"the same {comparer.samples:,} samples in the same order, from the same weights, at learning rate "
+        f"the same {comparer.samples:,} samples ({comparer.num_batches:,} × {comparer.batch_size}) in the same order, "
+        f"from the same weights, at learning rate "
         f"{comparer.learning_rate:.3g}{budget}{seeds}:",
         *(_way_line(comparer, way) for way in comparer.ways),
         f"about {duration_text(seconds)} ({hours}minutes:seconds) at the present speed on "

@@ -1,8 +1,9 @@
 """One comparison in the making: its settings, checked, and its steps."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from macrobatch.cli.gradient_meter import GradientMeter, GradientStatistics, siz
 from macrobatch.cli.measure import MemoryProbe
 from macrobatch.cli.progress import Progress
 from macrobatch.cli.race import Racer, race, validation_points
-from macrobatch.cli.sampling import UpdateIndices, take, update_sizes
+from macrobatch.cli.sampling import UpdateIndices, take
 from macrobatch.cli.scaled_rate import RateScaling, scale_with_warmup
 from macrobatch.cli.validation import validation_batches
 from macrobatch.cli.way import Key, Way, scaled_way, ways_of
@@ -35,6 +36,16 @@ from macrobatch.tasks.task import num_samples
 
 MOST_VALIDATION_SAMPLES = 512
 SHORTEST_HALF_LIFE = 4.0  # of the noise scale, in windows; else an eighth of the run
+
+
+class WholeBatches(UpdateIndices):
+    """Effective batches that are all whole: what is left of a shuffled pass and too little for one is not drawn."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        passes = UpdateIndices(self.data_size, [self.data_size] * len(self), self.seed)
+        size = self.sizes[0]
+        whole = range(0, self.data_size // size * size, size)
+        return islice((order[start : start + size] for order in passes for start in whole), len(self))
 
 
 class Comparer:
@@ -51,14 +62,14 @@ class Comparer:
         asked = checked_samples(task, options, self.batch_size, self.micro_batch_size)
         self.draws = checked_draws(task, options)
         self.learning_rate = options.learning_rate or task.learning_rate
-        # Whole effective batches, so that no way sees a sample that another does not.
-        self.samples = asked // self.batch_size * self.batch_size
-        self.update_sizes = update_sizes(self.data_size, self.batch_size, samples=self.samples)
+        # Whole ones, so that every update is of the size that is said, and its loss and noise of that size.
+        self.num_batches = asked // self.batch_size
+        self.samples = self.num_batches * self.batch_size
         self.scaling, self.not_scaled = self._scaling()
         self.ways = ways_of(task, self.batch_size, self.micro_batch_size)
         if self.scaling is not None:
             self.ways += [scaled_way(way) for way in self.ways if way.key == "accumulated"]
-        self.points = validation_points(len(self.update_sizes))
+        self.points = validation_points(self.num_batches)
         # A noise scale and a Hessian are those of a mean over samples.
         self.sizes = sizes_between(self.micro_batch_size, self.batch_size)
         self.sharpness_samples = min(options.sharpness_samples, self.data_size)
@@ -96,7 +107,7 @@ class Comparer:
             optimizer,
             from_batch_size=self.micro_batch_size,
             to_batch_size=self.batch_size,
-            updates=len(self.update_sizes),
+            updates=self.num_batches,
         )
 
     def _scaling(self) -> tuple[RateScaling | None, str]:
@@ -113,7 +124,7 @@ class Comparer:
             return Racer(task, way, self.learning_rate, self.device)
         noise = None
         if not self.is_coupled:
-            noise = GradientNoiseScale(half_life=max(SHORTEST_HALF_LIFE, len(self.update_sizes) / 8))
+            noise = GradientNoiseScale(half_life=max(SHORTEST_HALF_LIFE, self.num_batches / 8))
         return Racer(task, way, self.learning_rate, self.device, lambda o: self._scale(o)[0], noise)
 
     # ------------------------------------------------------------------------------------------ how long it takes
@@ -164,7 +175,7 @@ class Comparer:
         return memories
 
     def _indices(self, seed: int) -> UpdateIndices:
-        return UpdateIndices(self.data_size, self.update_sizes, seed)
+        return WholeBatches(self.data_size, [self.batch_size] * self.num_batches, seed)
 
     def train(self, ways: Sequence[Way], progress: Progress) -> dict[Key, Racer]:
         """Every way has been trained on the samples."""
@@ -217,7 +228,7 @@ class Comparer:
         """The end of `ways` with another seed, of the weights of `task` and of the order of samples."""
         setup.place_constants(task, self.device)
         note = f", seed {seed}"
-        racers = self._race(task, self.repeated(ways), seed, {len(self.update_sizes)}, progress, note)
+        racers = self._race(task, self.repeated(ways), seed, {self.num_batches}, progress, note)
         sharp = self.sharpness(racers, progress, note)
         ends = {key: racer.course().final for key, racer in racers.items()}
         return Repeat(

@@ -57,13 +57,13 @@ class Course:
     @property
     def seconds_per_update(self) -> float:
         """The median, the first window apart."""
-        return statistics.median(_steady(self.update_seconds))
+        return statistics.median(steady(self.update_seconds))
 
     @property
     def samples_per_second(self) -> float:
         """The median over effective batches, the first apart."""
         rates = [n / seconds for n, seconds in zip(self.window_samples, self.window_seconds, strict=True)]
-        return statistics.median(_steady(rates))
+        return statistics.median(steady(rates))
 
 
 @dataclass(frozen=True)
@@ -191,18 +191,6 @@ class Comparison:
         return Estimate(value, abs(value) * relative_error(small, squared))
 
 
-def time_ratio(one: Course, other: Course) -> Estimate:
-    """The time of `one` over that of `other` for the same samples: the median over effective batches.
-
-    In its standard error 1.2533 = sqrt(pi / 2) is a median's over a mean's; 1.4826 turns a median deviation into a
-    standard one.
-    """
-    ratios = _steady([a / b for a, b in zip(one.window_seconds, other.window_seconds, strict=True)])
-    middle = statistics.median(ratios)
-    deviation = 1.4826 * statistics.median(abs(ratio - middle) for ratio in ratios)
-    return Estimate(middle, 1.2533 * deviation / math.sqrt(len(ratios)))
-
-
-def _steady(values: Sequence[float]) -> Sequence[float]:
+def steady(values: Sequence[float]) -> Sequence[float]:
     """Without the first, which also warms up caches and allocators, where enough others remain."""
     return values[1:] if len(values) > 4 else values

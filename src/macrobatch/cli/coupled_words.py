@@ -1,40 +1,66 @@
 """What a comparison says of a loss that compares the samples of an update, drawn from the numbers."""
 
+from collections.abc import Callable, Mapping
+
 from macrobatch.cli.comparison import Comparison, Course
 from macrobatch.cli.estimates import Estimate, ratio_of
-from macrobatch.cli.finding import Difference, Finding, course_of, is_clear, loss_difference, metrics_text
+from macrobatch.cli.finding import Finding, course_of, is_clear, loss_difference, metrics_text
 from macrobatch.cli.formats import number_text, with_error
 from macrobatch.cli.way import Key
+
+Text = Callable[[Comparison, Course, Course, str], str]
+
+PLAIN_TITLES = {
+    -1: "Plain accumulation optimises another loss; its held-out loss came out lower here",
+    0: "Plain accumulation optimises another loss; which one learned more, this comparison does not tell",
+    1: "Plain accumulation optimises another loss; its held-out loss came out higher here",
+}
+SMALL_TITLES = {
+    -1: "From the same samples at the same learning rate, the small batch reached the lower held-out loss",
+    0: "From the same samples at the same learning rate, small and large batch are not clearly apart",
+    1: "From the same samples at the same learning rate, the large batch reached the lower held-out loss",
+}
 
 
 def plain_accumulation(comparison: Comparison) -> Finding | None:
     """That plain accumulation has another loss and gradient, and what came of it."""
-    found = _against_gathered(comparison, "plain")
-    if found is None:
+    return _against_gathered(comparison, "plain", PLAIN_TITLES, _of_plain)
+
+
+def small_batch(comparison: Comparison) -> Finding | None:
+    """What the small batch learned from the same samples, of which it compares few."""
+    return _against_gathered(comparison, "small", SMALL_TITLES, _of_small)
+
+
+def _against_gathered(comparison: Comparison, key: Key, titles: Mapping[int, str], text: Text) -> Finding | None:
+    """The title for a held-out loss that is lower, not apart or higher than by gathered accumulation, and the text."""
+    one, gathered = course_of(comparison, key), course_of(comparison, "accumulated")
+    if one is None or gathered is None:
         return None
-    plain, gathered, difference = found
-    title = {
-        -1: "Plain accumulation optimises another loss; its held-out loss came out lower here",
-        0: "Plain accumulation optimises another loss; which one learned more, this comparison does not tell",
-        1: "Plain accumulation optimises another loss; its held-out loss came out higher here",
-    }[difference.sign]
-    return Finding(
-        title,
+    difference = loss_difference(comparison, key, "accumulated")
+    losses = f"{one.final.loss:.4f} against {gathered.final.loss:.4f} (difference {difference.text}"
+    losses += f"){difference.range}." if not difference.sign else ")."
+    return Finding(titles[difference.sign], text(comparison, one, gathered, losses))
+
+
+def _of_plain(comparison: Comparison, _: Course, gathered: Course, losses: str) -> str:
+    return (
         f"It takes the mean of the losses of micro-batches, in each of which {_compared(comparison, 'plain')} samples "
         f"are compared with one another; gathered accumulation compares the {comparison.batch_size} of the whole "
         f"update, as the native batch does."
         f"{_gradient(comparison)} Held-out loss over {gathered.final.num_samples:,} samples at once after the same "
-        f"{comparison.samples:,}: {plain.final.loss:.4f} against {gathered.final.loss:.4f} (difference "
-        f"{difference.text}).{metrics_text(comparison, 'plain', 'accumulated')}{_before(comparison)}",
+        f"{comparison.samples:,}: {losses}{metrics_text(comparison, 'plain', 'accumulated')}{_before(comparison)}"
     )
 
 
-def _against_gathered(comparison: Comparison, key: Key) -> tuple[Course, Course, Difference] | None:
-    """The training of a way and of gathered accumulation, and by how much the first one's held-out loss is higher."""
-    one, gathered = course_of(comparison, key), course_of(comparison, "accumulated")
-    if one is None or gathered is None:
-        return None
-    return one, gathered, loss_difference(comparison, key, "accumulated")
+def _of_small(comparison: Comparison, small: Course, large: Course, losses: str) -> str:
+    return (
+        f"Small batch against gathered accumulation: held-out loss {losses}"
+        f"{metrics_text(comparison, 'small', 'accumulated')} It "
+        f"made {len(small.update_seconds):,} updates for {len(large.update_seconds):,}, each of a loss that compares "
+        f"{_compared(comparison, 'small')} samples instead of {comparison.batch_size}. The two differ in their loss, "
+        "in their number of updates and in the rate that suits them; which of these it was, one rate does not tell."
+    )
 
 
 def _compared(comparison: Comparison, key: Key) -> str:
@@ -61,27 +87,6 @@ def _gradient(comparison: Comparison) -> str:
         f" Where gathered accumulation ended, the gradient of plain accumulation is off by "
         f"{with_error(found.difference.value, found.difference.standard_error)} of the right one's length for the same "
         f"samples (cosine {with_error(found.cosine.value, found.cosine.standard_error)}).{right}"
-    )
-
-
-def small_batch(comparison: Comparison) -> Finding | None:
-    """What the small batch learned from the same samples, of which it compares few."""
-    found = _against_gathered(comparison, "small")
-    if found is None:
-        return None
-    small, large, difference = found
-    title = {
-        -1: "From the same samples at the same learning rate, the small batch reached the lower held-out loss",
-        0: "From the same samples at the same learning rate, small and large batch are not clearly apart",
-        1: "From the same samples at the same learning rate, the large batch reached the lower held-out loss",
-    }[difference.sign]
-    return Finding(
-        title,
-        f"Small batch against gathered accumulation: held-out loss {small.final.loss:.4f} against "
-        f"{large.final.loss:.4f} (difference {difference.text}).{metrics_text(comparison, 'small', 'accumulated')} It "
-        f"made {len(small.update_seconds):,} updates for {len(large.update_seconds):,}, each of a loss that compares "
-        f"{_compared(comparison, 'small')} samples instead of {comparison.batch_size}. The two differ in their loss, "
-        "in their number of updates and in the rate that suits them; which of these it was, one rate does not tell.",
     )
 
 

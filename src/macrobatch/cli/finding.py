@@ -1,5 +1,6 @@
 """What a comparison says as a value, and when a difference is taken for real."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,10 +25,32 @@ class Finding:
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference in words, and whether it is real: `sign` is -1 or 1 if so, else 0."""
+    """A difference in words, and what it lies between, as far as is known."""
 
-    sign: int
     text: str
+    low: float = -math.inf
+    high: float = math.inf
+
+    @property
+    def sign(self) -> int:
+        """-1 or 1 where the difference is real, else 0."""
+        return int(self.low > 0) - int(self.high < 0)
+
+    @property
+    def is_none(self) -> bool:
+        """Whether it is known to be too small to matter."""
+        return self.low >= -EQUAL_LOSS and self.high <= EQUAL_LOSS
+
+    @property
+    def range(self) -> str:
+        """What can be said where it is not known to be real: ", that is between 0.155 lower and 0.025 higher"."""
+        if not math.isfinite(self.high - self.low):
+            return ""
+        return f", that is between {_towards(self.low)} and {_towards(self.high)}"
+
+
+def _towards(value: float) -> str:
+    return f"{number_text(abs(value), 2)} {'lower' if value < 0 else 'higher'}"
 
 
 def is_clear(estimate: Estimate, against: float = 0.0) -> bool:
@@ -46,7 +69,7 @@ def loss_difference(comparison: Comparison, one: Key, other: Key) -> Difference:
         return seed_difference(comparison.losses(one), comparison.losses(other))
     courses = course_of(comparison, one), course_of(comparison, other)
     if courses[0] is None or courses[1] is None:
-        return Difference(0, "not known")
+        return Difference("not known")
     return _of_one_seed(paired_difference(courses[0].final, courses[1].final))
 
 
@@ -56,7 +79,7 @@ def metric_difference(comparison: Comparison, name: str, one: Key, other: Key) -
         return seed_difference(comparison.metrics(name, one), comparison.metrics(name, other))
     courses = course_of(comparison, one), course_of(comparison, other)
     if courses[0] is None or courses[1] is None:
-        return Difference(0, "not known")
+        return Difference("not known")
     return _of_one_seed(paired_metric(courses[0].final, courses[1].final, name))
 
 
@@ -82,12 +105,18 @@ def accumulation(comparison: Comparison) -> str:
 
 
 def _of_one_seed(found: Estimate) -> Difference:
-    sign = (1 if found.value > 0 else -1) if is_clear(found) else 0
-    return Difference(sign, f"{with_error(found.value, found.standard_error)}; one seed")
+    return _within(
+        f"{with_error(found.value, found.standard_error)}; one seed", found.value, CLEAR * found.standard_error
+    )
 
 
 def seed_difference(ones: Sequence[float], others: Sequence[float]) -> Difference:
     """The mean difference by pairs of the same seed; real where its 95% interval leaves out zero."""
     found = interval_of([one - other for one, other in zip(ones, others, strict=True)])
-    sign = (1 if found.mean > 0 else -1) if abs(found.mean) > found.half else 0
-    return Difference(sign, f"{found}; {len(ones)} seeds, 95%")
+    return _within(f"{found}; {len(ones)} seeds, 95%", found.mean, found.half)
+
+
+def _within(text: str, value: float, half: float) -> Difference:
+    if not (math.isfinite(value) and math.isfinite(half)):
+        return Difference(text)
+    return Difference(text, value - half, value + half)

@@ -1,4 +1,4 @@
-"""A comparison as a table on the terminal and as one HTML page that needs nothing else."""
+"""A comparison as rows of a table, and as one HTML page that needs nothing else."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,8 +6,6 @@ from importlib import resources
 from typing import Any
 
 import jinja2
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 import macrobatch
 from macrobatch.batch_tradeoff import in_samples
@@ -15,8 +13,9 @@ from macrobatch.cli.comparison import Comparison, Course, Result
 from macrobatch.cli.figures import inline_svg, plots_of
 from macrobatch.cli.finding import Finding, accumulation, is_clear
 from macrobatch.cli.formats import NONE, bytes_text, number_text, seconds_text, with_error
+from macrobatch.cli.scale_words import least_noise_scale
 from macrobatch.cli.seeds import interval_of
-from macrobatch.cli.way import Key
+from macrobatch.cli.way import Key, Way
 
 Row = tuple[str, Callable[[Comparison, Result], str]]
 
@@ -25,13 +24,23 @@ def _of_course(text: Callable[[Course], str]) -> Callable[[Comparison, Result], 
     return lambda _, result: NONE if result.course is None else text(result.course)
 
 
-def _memory(comparison: Comparison, result: Result) -> str:
+def _memory(_: Comparison, result: Result) -> str:
     if result.memory.fits:
         return bytes_text(result.memory.peak_bytes)
-    budget = "" if comparison.max_memory is None else f", budget {bytes_text(comparison.max_memory)}"
     if result.memory.peak_bytes is None:
-        return f"out of memory{budget}"
-    return f"out of memory: needs at least {bytes_text(result.memory.peak_bytes)}{budget}"
+        return "out of memory"
+    return f"out of memory: needs at least {bytes_text(result.memory.peak_bytes)}"
+
+
+def _update_size(comparison: Comparison, result: Result) -> str:
+    """Of the small batch the last of an effective batch may be smaller."""
+    sizes = updates_of(result.way, comparison.batch_size)
+    return f"{sizes[0]}" if sizes[-1] == sizes[0] else f"{sizes[0]}, last {sizes[-1]}"
+
+
+def updates_of(way: Way, batch_size: int) -> list[int]:
+    """The samples of the updates that a way makes of an effective batch."""
+    return [min(way.update_size, batch_size - start) for start in range(0, batch_size, way.update_size)]
 
 
 def _predicted(_: Comparison, result: Result) -> str:
@@ -58,6 +67,9 @@ def _noise_scale(comparison: Comparison, result: Result) -> str:
     if result.way.key == "accumulated" and is_clear(comparison.gradient_squared):
         scale = comparison.noise_scale
         return _between(scale.value - 2 * scale.standard_error, scale.value + 2 * scale.standard_error)
+    if result.way.key == "accumulated":
+        least = least_noise_scale(comparison)
+        return NONE if least is None else _between(least, math.inf)
     if result.course is None or not result.course.noise:
         return NONE
     return _between(result.course.noise[-1].low, result.course.noise[-1].high)
@@ -78,7 +90,7 @@ def _over_seeds(values: Callable[[Comparison, Key], list[float]]) -> Callable[[C
 def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
     """What is measured, and its value for each way."""
     table: list[Row] = [
-        ("samples per update", lambda _, result: str(result.way.update_size)),
+        ("samples per update", _update_size),
         ("samples at once", lambda _, result: str(result.way.micro_batch_size)),
         ("learning rate", _learning_rate),
         *([("predicted peak", _predicted)] if comparison.is_predicted else []),
@@ -137,18 +149,6 @@ def _metric_over_seeds(name: str) -> Callable[[Comparison, Key], list[float]]:
     return lambda comparison, key: comparison.metrics(name, key)
 
 
-def terminal_table(comparison: Comparison) -> Table:
-    """The rows as a table for the terminal."""
-    table = Table(title=f"{comparison.task}: {comparison.samples:,} samples", box=SIMPLE_HEAD, padding=0)
-    table.add_column("", no_wrap=True)
-    for result in comparison.results.values():
-        name = result.way.name
-        table.add_column(name.replace("accumulation", "accum.") if comparison.is_coupled else name, justify="right")
-    for label, values in rows(comparison):
-        table.add_row(label, *values)
-    return table
-
-
 def page(comparison: Comparison, findings: Sequence[Finding]) -> str:
     """The report: one HTML page with its style and its figures inside, light and dark, for narrow and wide screens."""
     environment = jinja2.Environment(
@@ -163,6 +163,8 @@ def page(comparison: Comparison, findings: Sequence[Finding]) -> str:
         "figures": [(plot.caption, inline_svg(plot, comparison)) for plot in plots_of(comparison)],
         "budget": None if comparison.max_memory is None else bytes_text(comparison.max_memory),
         "accumulation": accumulation(comparison).lower(),
+        "small_updates": updates_of(comparison.results["small"].way, comparison.batch_size),
+        "left_out": comparison.data_size % comparison.batch_size,
         "version": macrobatch.__version__,
     }
     return environment.from_string(source).render(content)

@@ -4,10 +4,21 @@ import math
 
 from macrobatch.batch_tradeoff import gain, in_samples
 from macrobatch.cli.comparison import Comparison
-from macrobatch.cli.finding import EQUAL_LOSS, Finding, course_of, is_clear, loss_difference, seed_difference
+from macrobatch.cli.finding import (
+    CLEAR,
+    EQUAL_LOSS,
+    Difference,
+    Finding,
+    course_of,
+    is_clear,
+    loss_difference,
+    seed_difference,
+)
 from macrobatch.cli.formats import counted, number_text, with_error
 from macrobatch.cli.seeds import interval_of
 from macrobatch.cli.way import Key
+
+WITHIN = 4.0  # an interval of the noise scale whose ends are further apart, as a ratio, is not called "about" anything
 
 
 # ------------------------------------------------------------------------------------------------ the scaled rate
@@ -40,7 +51,7 @@ def scaled_rate(comparison: Comparison) -> Finding | None:
         f"From the same samples the validation loss is {scaled.final.loss:.3f} with it and {unscaled.final.loss:.3f} "
         f"without (difference {difference.text}). "
     )
-    title, reason = _verdict(comparison, difference.sign)
+    title, reason = _verdict(comparison, difference)
     return Finding(title, f"{rates}{losses}{reason}{caveats}")
 
 
@@ -49,11 +60,12 @@ def _of_coupled(comparison: Comparison) -> list[str]:
     return [of_means] if comparison.is_coupled else []
 
 
-def _verdict(comparison: Comparison, sign: int) -> tuple[str, str]:
+def _verdict(comparison: Comparison, difference: Difference) -> tuple[str, str]:
+    sign = difference.sign
     where = "in this run" if not comparison.repeats else f"over {1 + len(comparison.repeats)} seeds"
     if sign == 0:
         return f"Scaling the learning rate made no clear difference {where}", (
-            "A rule is a first guess: try half and twice its rate."
+            f"{_unclear(difference)}A rule is a first guess: try half and twice its rate."
         )
     if sign > 0:
         return f"Scaling the learning rate did not help {where}: it made the loss higher", (
@@ -69,6 +81,12 @@ def _verdict(comparison: Comparison, sign: int) -> tuple[str, str]:
         f"{catches_up}That says that the rate was too small for the large batch, not that the rule's is the best: try "
         "half and twice."
     )
+
+
+def _unclear(difference: Difference) -> str:
+    if difference.is_none or not difference.range:
+        return ""
+    return f"The loss with it is not clearly apart{difference.range}. "
 
 
 def _lead(comparison: Comparison) -> str:
@@ -99,10 +117,7 @@ def noise(comparison: Comparison) -> Finding:
     scale, small, large = comparison.noise_scale, comparison.micro_batch_size, comparison.batch_size
     along = _along_the_way(comparison)
     if comparison.gradient_squared.value <= 0 or not is_clear(comparison.gradient_squared):
-        return Finding(
-            "The gradient noise scale is not known",
-            f"The mean gradient is lost in the noise of {comparison.draws} draws of {large} samples. {along}",
-        )
+        return _noise_from_below(comparison, along)
     low, high = scale.value - 2 * scale.standard_error, scale.value + 2 * scale.standard_error
     if low > large:
         title = f"Gradients are mostly noise, even of {large} samples"
@@ -110,8 +125,10 @@ def noise(comparison: Comparison) -> Finding:
         title = f"Gradients are mostly signal, even of {small} samples: a larger batch hardly pays"
     elif high < large:
         title = f"A batch of {large} is larger than the gradient noise scale: its last samples add less than its first"
-    else:
+    elif high < WITHIN * max(low, 1):
         title = f"The noise scale is about the batch size of {large}"
+    else:
+        title = f"Whether the noise scale is above the batch size of {large}, the draws do not tell"
     worth = gain(scale.value, small, large)
     return Finding(
         title,
@@ -121,6 +138,28 @@ def noise(comparison: Comparison) -> Finding:
         f"updates of {small}, at the cost of {large / small:.3g}. {along}It is no absolute critical batch size: read "
         "its trend, and the losses.",
     )
+
+
+def _noise_from_below(comparison: Comparison, along: str) -> Finding:
+    """What is known where the mean gradient is not: that the noise scale is large."""
+    large, least = comparison.batch_size, least_noise_scale(comparison)
+    lost = f"The mean gradient is lost in the noise of {comparison.draws} draws of {large} samples"
+    if least is None:
+        return Finding("The gradient noise scale is not known", f"{lost}. {along}")
+    title = f"The gradient noise scale is more than {in_samples(least)}: how much more, the draws do not tell"
+    if least > large:
+        title = f"Gradients are mostly noise, even of {large} samples"
+    text = f"{lost}: the noise scale is more than {in_samples(least)} samples where accumulation ended. {along}"
+    return Finding(title, text)
+
+
+def least_noise_scale(comparison: Comparison) -> float | None:
+    """What the noise scale is surely above, by both of its parts; None where the draws do not even tell that."""
+    small, squared = comparison.variances[comparison.micro_batch_size], comparison.gradient_squared
+    noise, signal = small.value - CLEAR * small.standard_error, squared.value + CLEAR * squared.standard_error
+    if not (noise > 0 and 0 < signal < math.inf and comparison.micro_batch_size < comparison.data_size):
+        return None
+    return noise / (1 / comparison.micro_batch_size - 1 / comparison.data_size) / signal
 
 
 def _along_the_way(comparison: Comparison) -> str:

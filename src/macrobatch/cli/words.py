@@ -1,26 +1,32 @@
 """The reading of a comparison in words, every one of them drawn from the numbers and their uncertainty."""
 
 from macrobatch.cli import coupled_words
-from macrobatch.cli.comparison import Comparison, time_ratio
-from macrobatch.cli.estimates import Estimate, ratio_of
-from macrobatch.cli.finding import CLEAR, EQUAL_LOSS, Finding, accumulation, course_of, is_clear, loss_difference
-from macrobatch.cli.formats import bytes_text, number_text, seconds_text, with_error
+from macrobatch.cli.comparison import Comparison
+from macrobatch.cli.course_words import past_best, peak_of
+from macrobatch.cli.estimates import ratio_of
+from macrobatch.cli.finding import EQUAL_LOSS, Finding, accumulation, course_of, is_clear, loss_difference
+from macrobatch.cli.formats import bytes_text, number_text, with_error
 from macrobatch.cli.scale_words import noise, scaled_rate, sharpness
+from macrobatch.cli.speed_words import speed
 
-EQUAL_TIME = 0.03  # time ratios closer to one than this are called equal, if they are known as closely
 SAME_GRADIENT = 1e-3  # relative differences above it are no rounding: dropout's masks, statistics of a micro-batch
-WIDE = 0.15  # a time ratio whose uncertainty is larger, relative to it, says nothing
 
 
 def findings(comparison: Comparison) -> list[Finding]:
     """What the comparison says: accumulation and native, what it buys, why, the learning rate, minima, and speed."""
     if comparison.is_coupled:
         parts = [equality(comparison), coupled_words.plain_accumulation(comparison), memory(comparison)]
-        parts += [coupled_words.small_batch(comparison), scaled_rate(comparison), coupled_words.variance(comparison)]
-        parts += [speed(comparison), coupled_words.not_measured(comparison)]
+        parts += [coupled_words.small_batch(comparison), past_best(comparison), scaled_rate(comparison)]
+        parts += [coupled_words.variance(comparison), speed(comparison), coupled_words.not_measured(comparison)]
     else:
         parts = [equality(comparison), memory(comparison), variance(comparison), small_batch(comparison)]
-        parts += [scaled_rate(comparison), noise(comparison), sharpness(comparison), speed(comparison)]
+        parts += [
+            past_best(comparison),
+            scaled_rate(comparison),
+            noise(comparison),
+            sharpness(comparison),
+            speed(comparison),
+        ]
     return [part for part in parts if part is not None]
 
 
@@ -123,15 +129,18 @@ def small_batch(comparison: Comparison) -> Finding | None:
     if small is None or large is None:
         return None
     difference = loss_difference(comparison, "small", "accumulated")
-    at_equal_updates = dict(small.validation_losses).get(len(large.update_seconds) * comparison.micro_batch_size)
+    samples_then = small.losses[min(len(large.losses), len(small.losses)) - 1][0]
+    at_equal_updates = dict(small.validation_losses).get(samples_then)
     losses = (
         f"Validation loss {small.final.loss:.3f} against {large.final.loss:.3f} after the same {comparison.samples:,} "
         f"samples at the same learning rate {comparison.learning_rate:.3g} (difference {difference.text}). "
     )
     updates = f"It made {len(small.update_seconds):,} updates where the large batch made {len(large.update_seconds):,}"
+    if difference.is_none:
+        return Finding("Small and large batch learned alike from the same samples", f"{losses}{updates}.")
     if difference.sign == 0:
-        title = "Small and large batch learned alike from the same samples"
-        return Finding(title, f"{losses}{updates}, and neither is clearly ahead.")
+        title = "Whether the small or the large batch learned more from the same samples, the losses do not tell"
+        return Finding(title, f"{losses}{updates}. The small batch's loss is not clearly apart{difference.range}.")
     if difference.sign < 0:
         title = "From the same samples at the same learning rate, the small batch learned faster"
         after = (
@@ -141,7 +150,11 @@ def small_batch(comparison: Comparison) -> Finding | None:
         )
         return Finding(title, f"{losses}{updates}{after}. {_advice(comparison)}")
     title = "From the same samples at the same learning rate, the large batch learned better"
-    return Finding(title, f"{losses}{updates}, which suggests that this learning rate is large for its noise.")
+    overfitted = peak_of(small)
+    reason = "this learning rate is large for its noise"
+    if overfitted is not None and overfitted.training_fell:
+        reason = f"it overfitted: its lowest loss was {overfitted.loss:.3f}, after {overfitted.samples:,} samples"
+    return Finding(title, f"{losses}{updates}, which suggests that {reason}.")
 
 
 def _advice(comparison: Comparison) -> str:
@@ -159,7 +172,7 @@ def variance(comparison: Comparison) -> Finding | None:
     if small is None or large is None:
         return None
     measured, expected = ratio_of(large, small), comparison.expected_variance_ratio(large_size, small_size)
-    agrees = not is_clear(measured, expected)
+    agrees, tells = not is_clear(measured, expected), is_clear(measured, 1.0)
     native = comparison.results["native"].variance
     same = (
         ""
@@ -167,11 +180,11 @@ def variance(comparison: Comparison) -> Finding | None:
         else f" The native batch has {with_error(native.value, native.standard_error)}, accumulation "
         f"{with_error(large.value, large.standard_error)}, on the same draws."
     )
-    title = (
-        "The variance of an update's gradient falls as one over the batch size"
-        if agrees
-        else "The variance of an update's gradient does not fall as one over the batch size here"
-    )
+    title = "The variance of an update's gradient does not fall as one over the batch size here"
+    if agrees:
+        title = "The variance of an update's gradient falls as one over the batch size"
+    if agrees and not tells:
+        title = "How the variance of an update's gradient falls with the batch size, the draws do not tell"
     reason = "" if agrees else _why_not_one_over(comparison)
     return Finding(
         title,
@@ -185,46 +198,3 @@ def _why_not_one_over(comparison: Comparison) -> str:
     if comparison.noisy_layers:
         return f" Layers that see the whole micro-batch, or are random, add to it: {comparison.noisy_layers[0]}."
     return " Either the terms of the loss are weighted unevenly over samples, or the draws are too few."
-
-
-def speed(comparison: Comparison) -> Finding | None:
-    """Samples per second, and what a piece costs."""
-    small, accumulated = course_of(comparison, "small"), course_of(comparison, "accumulated")
-    native = course_of(comparison, "native")
-    if small is None or accumulated is None:
-        return None
-    rates = f"{accumulated.samples_per_second:,.0f} samples per second by {accumulation(comparison).lower()}"
-    others = [f"{small.samples_per_second:,.0f} by the small batch"]
-    if native is not None:
-        others.insert(0, f"{native.samples_per_second:,.0f} by the native large batch")
-    text = (
-        f"{rates}, {', '.join(others)}; an update takes {seconds_text(accumulated.seconds_per_update)} and "
-        f"{seconds_text(small.seconds_per_update)} for accumulation and the small batch."
-    )
-    if native is None:
-        return Finding("Speed: the native large batch was not timed", text)
-    paired, of_medians = time_ratio(accumulated, native), native.samples_per_second / accumulated.samples_per_second
-    measured = with_error(paired.value, paired.standard_error)
-    text += (
-        f" Its time over that of the native batch is {measured} by pairs of effective batches and {of_medians:.2f} by "
-        "the medians of the table."
-    )
-    if comparison.is_coupled:
-        text += " Gathered accumulation runs the forward of every micro-batch but the last a second time."
-    return _speed_finding(paired, of_medians, text, accumulation(comparison))
-
-
-def _speed_finding(paired: Estimate, of_medians: float, text: str, name: str = "Accumulation") -> Finding:
-    """Words that both estimates of the same ratio agree to, or none."""
-    spread = CLEAR * paired.standard_error
-    agree = abs(paired.value - of_medians) <= max(spread, EQUAL_TIME)
-    if agree and spread <= EQUAL_TIME and max(abs(paired.value - 1), abs(of_medians - 1)) <= EQUAL_TIME:
-        return Finding(f"{name} and the native batch took the same time for the same samples", text)
-    if agree and spread <= WIDE * paired.value and is_clear(paired, 1.0) and (paired.value > 1) == (of_medians > 1):
-        title = f"{name} took {paired.value:.2f} times as long as the native batch for the same samples"
-        return Finding(f"{title}, on this machine", text)
-    return Finding(
-        f"Timings on this machine were too noisy to compare {name.lower()} and the native batch",
-        f"{text} Speeds in the table and the figures are no more certain than that; "
-        "other programs at work, or too few samples, make them so.",
-    )

@@ -1,0 +1,303 @@
+"""What `macrobatch compare` says is what the numbers bear: whole batches, bounds, overfitting; no number is broken."""
+
+import math
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from own_tasks import line
+from rich.console import Console
+from test_compare import comparison, course, run, strict_json, validation, with_result
+from test_compare_coupled import coupled
+from test_compare_scaling import scaled, with_sharpness
+
+from macrobatch.cli import course_words, scale_words, words
+from macrobatch.cli.compare_options import CompareOptions
+from macrobatch.cli.comparer import Comparer, WholeBatches
+from macrobatch.cli.comparison import Comparison, Course
+from macrobatch.cli.estimates import Estimate
+from macrobatch.cli.report import page, rows
+from macrobatch.cli.sampling import UpdateIndices
+from macrobatch.cli.speed_words import Ratio, judged, time_ratio
+from macrobatch.cli.terminal_table import terminal_table
+
+# ---- whole effective batches
+
+
+def test_every_effective_batch_is_whole_and_no_sample_comes_twice_in_a_pass() -> None:
+    batches = list(WholeBatches(40, [12] * 7, seed=0))
+    assert [len(batch) for batch in batches] == [12] * 7
+    passes = [batches[:3], batches[3:6], batches[6:]]
+    assert [len({index for batch in each for index in batch}) for each in passes] == [36, 36, 12]
+    assert batches[0] != batches[3]
+    # Over passes every sample is seen, those left out of one in another.
+    assert {index for batch in WholeBatches(40, [12] * 60, seed=0) for index in batch} == set(range(40))
+    # The control: batches that go on to the end of a pass are not all whole.
+    assert [len(batch) for batch in UpdateIndices(40, [12, 12, 12, 4], seed=0)] == [12, 12, 12, 4]
+
+
+def test_the_updates_of_several_passes_are_as_many_and_as_large_as_is_said(tmp_path: Path) -> None:
+    options = ["--task", "own_tasks:line", "--batch-size", "12", "--micro-batch-size", "5", "--samples", "130"]
+    said = run(*options, "--device", "cpu", "--sharpness", "0", "--output", tmp_path / "run")
+    found = strict_json(tmp_path / "run" / "compare.json")
+    assert (found["samples"], found["data_size"]) == (120, 40)
+    courses = {key: result["course"] for key, result in found["results"].items()}
+    assert [len(each["losses"]) for each in courses.values()] == [30, 10, 10, 10]
+    assert all(each["window_samples"] == [12] * 10 for each in courses.values())
+    assert "the same 120 samples (10 × 12) in the same order" in said
+    assert "samples per update 5, last 2 12 12 12" in said
+    text = " ".join((tmp_path / "run" / "report.html").read_text().split())
+    assert "10 effective batches of 12, all of them whole, from the 40 training samples" in text
+    assert "the last 4 of a pass are too few for one and left out" in text
+    assert "an update of every 5 samples (of the last 2 of each 12)" in text
+
+
+def test_the_page_speaks_of_samples_left_out_only_where_there_are_some() -> None:
+    even = replace(comparison(), data_size=640)
+    assert "too few for one" not in page(even, [])
+    assert "last" not in dict(rows(even))["samples per update"][0]
+    assert "the last 5 of a pass are too few for one" in page(replace(even, data_size=645), [])
+
+
+def test_the_small_batch_is_held_against_the_large_one_after_as_many_updates() -> None:
+    """Of 5, 5 and 2 samples for each 12: after ten updates it has seen 41, and not 50."""
+    task = line()
+    comparer = Comparer(task, CompareOptions(batch_size=12, micro_batch_size=5, samples=120, device="cpu"))
+    assert (comparer.samples, comparer.num_batches) == (120, 10)
+    small = course(2.0, updates=128)
+    curve = [(0, 5.5), (128, 3.25), (144, 3.0), (1024, 2.0)]
+    # Sixteen updates that see nine samples each: 144, where 16 times the micro-batch of 8 is 128.
+    seen = [(9 * number, 3.0) for number in range(1, 129)]
+    changed = with_result("small", course=replace(small, losses=seen, validation_losses=curve))
+    (said,) = [each.text for each in words.findings(changed) if "the small batch learned faster" in each.title]
+    assert "(after its first 16 it stood at 3.000)" in said
+
+
+# ---- time
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "high", "of_medians", "said"),
+    [
+        (1.005, 1.01, 1.015, 0.99, "took the same time"),
+        (0.98, 1.00, 1.02, 1.00, "took the same time"),
+        (0.97, 1.01, 1.05, 1.00, "do not tell: accumulation took between 0.97 and 1.05 times as long"),
+        (1.015, 1.02, 1.025, 1.04, "took 1.02 times as long"),  # clear, and the table would not be called the same
+        (0.93, 0.95, 0.97, 0.94, "took 0.95 times as long"),
+        (0.91, 0.95, 0.99, 0.81, "took less than 0.99 of the time of"),  # the two disagree on how much, not on which
+        (0.91, 0.95, 0.99, 1.20, "do not tell: accumulation took between 0.91 and 1.20"),
+        (1.19, 1.82, 2.45, 1.58, "took more than 1.19 times as long"),  # far from one, though uncertain
+        (1.002, 1.5, 2.45, 1.58, "took longer than the native batch"),
+        (0.4, 0.7, 0.998, 0.7, "took less time than the native batch"),
+        (0.4, 1.5, 2.6, 1.5, "do not tell: accumulation took between 0.40 and 2.60"),
+        (1.22, 1.30, 1.38, 1.28, "took 1.30 times as long"),
+        (0.0, 1.8, math.inf, 1.8, "Too few effective batches were timed"),
+    ],
+)
+def test_the_words_on_time_say_what_holds_over_the_whole_interval_and_the_other_estimate(
+    low: float, value: float, high: float, of_medians: float, said: str
+) -> None:
+    assert said in judged(Ratio(value, low, high, 31), of_medians, "").title
+
+
+def timed(ratios: Sequence[float]) -> Ratio:
+    base = course(2.0, updates=16)
+    first = [9.9]  # warms up
+    one = replace(base, window_seconds=[*first, *ratios], window_samples=[64] * (1 + len(ratios)))
+    return time_ratio(one, replace(one, window_seconds=[1.0] * (1 + len(ratios))))
+
+
+def test_the_interval_of_a_time_ratio_is_between_the_ranks_of_the_sign_test() -> None:
+    """The ranks of the table for 95% in Conover 1999 (table A3, n to 20)."""
+    ranks = {6: 1, 8: 1, 9: 2, 12: 3, 15: 4, 17: 5, 20: 6}
+    for n, rank in ranks.items():
+        found = timed([float(number) for number in range(n, 0, -1)])
+        assert (found.low, found.high) == (rank, n + 1 - rank)
+    assert (timed([1.0] * 5).low, timed([1.0] * 5).high) == (0.0, math.inf)
+    many = timed([float(number) for number in range(1, 4002)])
+    assert many.low == pytest.approx(2001 - 1.96 * math.sqrt(4001) / 2, abs=2)
+
+
+def test_the_interval_covers_the_median_as_often_as_it_says_also_where_times_have_outliers() -> None:
+    generator = random.Random(0)
+    covered, naive = 0, 0
+    for _ in range(400):
+        values = [math.exp(generator.gauss(0, 0.1)) * (5 if generator.random() < 0.3 else 1) for _ in range(15)]
+        found = timed(values)
+        truth = math.exp(0.1 * 0.566)  # the median: 0.5 = 0.7 P(Z < z), z = 0.566
+        covered += found.low <= truth <= found.high
+        mean = sum(values) / 15
+        half = 1.96 * math.sqrt(sum((v - mean) ** 2 for v in values) / 14 / 15)
+        naive += abs(mean - truth) <= half
+    assert covered >= 0.93 * 400
+    assert naive < 0.8 * 400  # the control: a mean and its standard errors
+
+
+def test_a_bound_is_rounded_so_that_it_still_holds() -> None:
+    assert "more than 1.19 times" in judged(Ratio(1.8, 1.1999, 2.4, 31), 1.8, "").title
+    assert "less than 0.84 of" in judged(Ratio(0.6, 0.3, 0.8301, 31), 0.6, "").title
+
+
+# ---- losses, variance and noise that are not known well
+
+
+def held_out(final: float, spread: float) -> Course:
+    base = course(final, updates=16)
+    losses = [final + spread * (part % 3 - 1) for part in range(6)]
+    return replace(base, final=validation(losses))
+
+
+def text_of(of: Comparison) -> str:
+    return " ".join(f"{finding.title}. {finding.text}" for finding in words.findings(of))
+
+
+def test_a_difference_that_is_not_clear_is_not_called_alike_but_said_with_its_bounds() -> None:
+    unclear = with_result("small", course=replace(held_out(2.4, 0.6), losses=course(2.4, updates=128).losses))
+    text = text_of(unclear)
+    assert "Whether the small or the large batch learned more from the same samples, the losses do not tell" in text
+    # 2.4 less 2.5, paired: 0.5 (-1, 0, 1) around it, whose standard error is 0.5 sqrt(4/5) / sqrt(6) = 0.18
+    assert "not clearly apart, that is between 0.65 lower and 0.45 higher." in text
+    assert "learned alike" not in text
+    alike = with_result("small", course=course(2.501, updates=128))
+    assert "Small and large batch learned alike from the same samples" in text_of(alike)
+
+
+def test_of_the_scaled_rate_bounds_are_said_where_it_is_not_clear() -> None:
+    base = scaled(2.4)
+    result = replace(base.results["scaled"], course=held_out(2.4, 0.6))
+    found = scale_words.scaled_rate(replace(base, results={**base.results, "scaled": result}))
+    assert found is not None
+    assert "not clearly apart, that is between 0.65 lower and 0.45 higher." in found.text
+    alike = scale_words.scaled_rate(scaled(2.5))
+    assert alike is not None
+    assert "not clearly apart" not in alike.text
+
+
+def test_draws_that_bear_no_law_are_not_said_to_follow_one() -> None:
+    few = comparison(variances={8: Estimate(0.8, 0.3), 64: Estimate(0.1, 0.3)})
+    assert "How the variance of an update's gradient falls with the batch size, the draws do not tell" in text_of(few)
+    assert "falls as one over" not in text_of(few)
+
+
+def test_a_noise_scale_whose_gradient_is_lost_is_known_from_below() -> None:
+    # tr(Sigma) = 6.4 at least 6.4 - 3 * 0.16 = 5.92; |G|^2 at most 0.01 + 3 * 0.01 = 0.04: more than 148 samples
+    lost = comparison(gradient_squared=Estimate(0.01, 0.01))
+    said = scale_words.noise(lost)
+    assert said.title == "Gradients are mostly noise, even of 64 samples"
+    assert "the noise scale is more than 148 samples where accumulation ended" in said.text
+    assert dict(rows(lost))["noise scale, 95%"][1] == "over 148"
+    weak = scale_words.noise(comparison(gradient_squared=Estimate(0.01, 0.05)))
+    assert weak.title == "The gradient noise scale is more than 37: how much more, the draws do not tell"
+    none = scale_words.noise(comparison(gradient_squared=Estimate(-0.2, 0.01)))
+    assert none.title == "The gradient noise scale is not known"
+
+
+def test_a_noise_scale_with_a_wide_interval_is_not_about_anything() -> None:
+    wide = comparison(gradient_squared=Estimate(0.1, 0.032))
+    assert (
+        scale_words.noise(wide).title == "Whether the noise scale is above the batch size of 64, the draws do not tell"
+    )
+
+
+# ---- the best before the end
+
+
+def risen(lowest: float, final: float, *, updates: int, training: float) -> Course:
+    """A way that was best in the middle; `training`: the training loss at the end."""
+    base = course(final, updates=updates)
+    losses = [(n, 5.5 + (training - 5.5) * n / 1024) for n, _ in base.losses]
+    return replace(base, losses=losses, validation_losses=[(0, 5.5), (512, lowest), (1024, final)])
+
+
+def all_risen(rise: float, training: float = 1.0) -> Comparison:
+    base = comparison()
+    results = {
+        key: replace(result, course=risen(2.0, 2.0 + rise, updates=128 if key == "small" else 16, training=training))
+        for key, result in base.results.items()
+    }
+    return replace(base, results=results)
+
+
+def test_that_every_way_was_best_before_the_end_is_said_with_where_and_how_good() -> None:
+    found = course_words.past_best(all_risen(0.5))
+    assert found is not None
+    assert found.title == "Every way had the lowest validation loss before the end, not at it"
+    assert "small batch 2.000 after 512 samples, 2.500 at the end; accumulation 2.000 after 512 samples" in found.text
+    assert "which is overfitting" in found.text
+    assert found in words.findings(all_risen(0.5))
+    # The controls: a course that only falls, and a rise that chance explains (its error is 0.037).
+    assert course_words.past_best(comparison()) is None
+    assert course_words.past_best(all_risen(0.05)) is None
+
+
+def test_a_rise_without_a_training_loss_that_falls_is_no_overfitting() -> None:
+    found = course_words.past_best(all_risen(0.5, training=6.5))
+    assert found is not None
+    assert "no overfitting; the learning rate may be too large" in found.text
+    assert "which is overfitting" not in found.text
+
+
+def test_how_many_ways_were_best_before_the_end_is_said() -> None:
+    one = with_result("small", course=risen(1.9, 3.0, updates=128, training=1.0))
+    found = course_words.past_best(one)
+    assert found is not None
+    assert found.title.startswith("1 of 3 ways had")
+    # A small batch that overfitted is not said to have had too large a rate.
+    text = text_of(one)
+    assert "which suggests that it overfitted: its lowest loss was 1.900, after 512 samples" in text
+    assert "large for its noise" not in text
+    assert "large for its noise" in text_of(with_result("small", course=course(3.0, updates=128)))
+
+
+def test_weights_that_were_best_before_training_are_said_to_be() -> None:
+    made = replace(risen(2.0, 3.0, updates=16, training=1.0), validation_losses=[(0, 1.5), (1024, 3.0)])
+    found = course_words.past_best(with_result("accumulated", course=made))
+    assert found is not None
+    assert "accumulation 1.500 before training, 3.000 at the end" in found.text
+
+
+def test_a_course_that_broke_down_has_no_best() -> None:
+    broken = replace(course(math.nan, updates=16), validation_losses=[(0, 5.5), (1024, math.nan)])
+    assert course_words.peak_of(broken) is None
+
+
+# ---- the table on the terminal
+
+
+def printed(of: Comparison, width: int) -> list[str]:
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(terminal_table(of, width))
+    return [text.rstrip() for text in captured.get().splitlines()]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+@pytest.mark.parametrize("of", [coupled(scaled=True), scaled(2.2), with_sharpness([3.0, 3.2, 2.9], [5.0, 5.1, 5.0])])
+def test_every_value_of_the_table_stands_in_one_piece_at_any_width(of: Comparison, width: int) -> None:
+    lines = printed(of, width)
+    assert max(map(len, lines)) <= width
+    for label, values in rows(of):
+        own = re.compile(re.escape(label) + r"\s+[\d-]")
+        found = [" ".join(text[len(label) :].split()) for text in lines if own.match(text)]
+        assert " ".join(found) == " ".join(values), label
+
+
+def test_the_ways_stand_side_by_side_where_there_is_room_and_below_one_another_where_not() -> None:
+    of = coupled(scaled=True)
+    count = {width: sum(text.startswith("learning rate") for text in printed(of, width)) for width in (40, 80, 100)}
+    assert (count[100], count[80]) == (1, 2)
+    assert count[40] == 5
+
+
+def test_a_way_that_does_not_fit_takes_no_more_room_than_a_number() -> None:
+    base = scaled(2.2)
+    native = replace(base.results["native"], course=None, variance=None)
+    native = replace(native, memory=replace(native.memory, fits=False))
+    of = replace(base, results={**base.results, "native": native}, max_memory=20_000_000)
+    assert dict(rows(of))["peak memory"][2] == "out of memory: needs at least 80.0 MB"
+    lines = printed(of, 80)
+    assert sum(text.startswith("learning rate") for text in lines) == 1
+    assert any(re.search(r"10\.0 MB +11\.0 MB +80\.0 MB +11\.0 MB", text) for text in lines)
