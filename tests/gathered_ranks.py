@@ -270,6 +270,41 @@ def outputs_that_differ_between_ranks_are_refused(world: int) -> None:
     refused(ValueError, "the outputs of two ranks differ", lambda: accumulator.run(mine))
 
 
+def pairs_within_micro_batches_are_refused(world: int) -> None:
+    """Also where each rank has a single one, and all are alike."""
+    mine = share_of(everything(4 * world), [4] * world)
+    for size in (2, 4):
+        accumulator = mb.GatheredAccumulator(
+            DDP(towers()),
+            lambda m, b: (z := m(b["x"], b["y"]))[0] @ z[1].T,
+            lambda m, o, w: o.mean(),
+            micro_batch_size=size,
+        )
+        message = "it compares the samples of a micro-batch"
+        refused(ValueError, message, lambda accumulator=accumulator: accumulator.run(mine))
+
+
+def a_rank_that_encodes_some_samples_once_more_waits_for_no_other(world: int) -> None:
+    """Outputs are 6 numbers long, as the first rank's micro-batches are: only there it is looked what changes them."""
+    sizes = [12, 4, 5][:world]
+    batch, model = everything(sum(sizes)), towers()
+    expected = expected_for(model, batch, info_nce)
+    model.seen.zero_()
+    accumulator = mb.GatheredAccumulator(DDP(model), encode, info_nce, micro_batch_size=6)
+    accumulator.run(share_of(batch, sizes))
+    close(gradients(model), expected)
+
+
+def blocks_that_do_not_add_up_are_refused(world: int) -> None:
+    def mean_of_the_block(m: nn.Module, o: dict[str, Any], w: Any, rows: slice) -> Tensor:
+        left, right = o["sides"]
+        return F.cross_entropy(left[rows] @ right.T, torch.arange(len(left))[rows])
+
+    model, mine = towers(), share_of(everything(6 * world), [6] * world)
+    accumulator = mb.GatheredAccumulator(model, encode, mb.RowBlocks(mean_of_the_block, rows=3), micro_batch_size=2)
+    refused(ValueError, "the shares that block_loss returns do not add up", lambda: accumulator.run(mine))
+
+
 def control_negatives_of_the_own_rank_only_are_wrong_by_more_than_a_tenth(world: int) -> None:
     sizes = sizes_for(world)
     batch, model = everything(sum(sizes)), towers()
