@@ -71,9 +71,17 @@ def own_optimizer() -> Task:
     return replace(line(), make_optimizer=lambda model, lr: Halving(model.parameters()))
 
 
-def broken_metric() -> Task:
-    """A metric that returns a mean, and not a sum with its weight: seen only after training."""
-    return replace(line(), metrics={"mean": lambda model, pair: (model(pair[0]) - pair[1], "no weight")})
+def late_metric() -> Task:
+    """A metric that works once and never again: what no look at it before training can find."""
+    calls: list[int] = []
+
+    def metric(model: nn.Module, pair: Pair) -> tuple[float, int]:
+        calls.append(1)
+        if len(calls) > 1:
+            raise ValueError("a bug that shows late")
+        return 1.0, len(pair[0])
+
+    return replace(line(), metrics={"late": metric})
 
 
 def broken() -> Task:

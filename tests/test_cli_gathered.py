@@ -1,6 +1,8 @@
 """Commands on a task whose loss compares all samples of an update: trained exactly, planned, or refused in words."""
 
+import importlib.util
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ from macrobatch.cli.gathered_plan import GatheredNeeds, gathered_plan
 from macrobatch.cli.run import Run
 from macrobatch.cli.run_options import TrainOptions, batch_plan, tokens_per_sample
 from macrobatch.cli.sampling import take
+from macrobatch.cli.validation import validate
 from macrobatch.tasks import Task, load_task
+from macrobatch.tasks.embeddings import PACKAGE
 
 TOWERS = ["--task", "own_towers:towers"]
 LARGE = [*TOWERS, "--task-option", "size=600", "--batch-size", "96"]
@@ -241,6 +245,88 @@ def test_a_model_that_needs_real_numbers_is_measured() -> None:
     assert measured.peak == pytest.approx(predicted.peak, rel=0.01)
 
 
+# ---- the built-in task with a real encoder
+
+FUNCTION = '''
+def {name}_{j}(values):
+    """Of number {j} the {what}."""
+    return {name}(values, {j})
+'''
+has_weights = pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="needs the extra 'embeddings'")
+
+
+def real_encoder(folder: Path) -> list[str]:
+    """Options for the task `embeddings` on a few files of its own, whose docstrings differ in length."""
+    names = {"total": "sum", "mean": "mean of them all", "spread": "largest less the smallest, whatever they are"}
+    for j in range(24):
+        texts = [FUNCTION.format(name=name, what=what, j=j) for name, what in names.items()]
+        (folder / f"module_{j}.py").write_text("".join(texts))
+    return ["--task", "embeddings", "--task-option", f"root={folder}", "--task-option", "frozen_layers=5"]
+
+
+@has_weights
+def test_what_the_task_embeddings_takes_is_predicted_and_measured_alike(tmp_path: Path) -> None:
+    library = tmp_path / "library"
+    library.mkdir()
+    options = [*real_encoder(library), "--batch-size", "24", "--device", "cpu"]
+    said = run("train", *options, "--micro-batch-size", 8, "--steps", 2, "--output", tmp_path / "run")
+    ended = summary(tmp_path / "run")
+    assert ended["memory_predicted_bytes"] == pytest.approx(ended["memory_measured_bytes"], rel=0.01)
+    assert "memory of update 2, micro-batches of 8: predicted" in said
+    assert "preparing the data" in said
+    plan = run("plan", *options, "--max-memory", "60MB", "--threads", 1, "--output", tmp_path / "plan")
+    found = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    assert (found["method"], found["is_exact"]) == ("fake", True)
+    assert 1 <= found["largest"]["micro_batch_size"] < 24
+    assert "every operation runs on fake tensors" in plan
+    assert "preparing" not in plan  # what the frozen layers give is only needed of a few samples
+
+
+# ---- metrics
+
+
+def of_eleven(model: Any, outputs: Outputs) -> tuple[Tensor, int]:
+    """Of the eleven nearest: as many are left of the 12 held-out samples without one of their groups."""
+    scores = outputs["left"] @ outputs["right"].T
+    return scores.topk(11).values.sum(), len(scores)
+
+
+def of_too_many(model: Any, outputs: Outputs) -> tuple[Tensor, int]:
+    scores = outputs["left"] @ outputs["right"].T
+    return scores.topk(13).values.sum(), len(scores)
+
+
+def bare(model: Any, outputs: Outputs) -> Tensor:
+    return outputs["left"].mean()
+
+
+def metric_of_all(*, name: str) -> Task:
+    return replace(towers(), metrics={name: {"many": of_eleven, "too many": of_too_many, "bare": bare}[name]})
+
+
+def test_a_metric_that_needs_more_samples_than_a_micro_batch_has_is_tried_on_all(tmp_path: Path) -> None:
+    options = ["--task", "test_cli_gathered:metric_of_all", "--steps", "1", "--output", tmp_path / "run"]
+    said = run("train", *options, "--task-option", "name=many")
+    assert "many" in summary(tmp_path / "run")["validation_metrics"]
+    assert "error" not in said
+    with pytest.raises(RuntimeError, match="out of range"):  # the control: a micro-batch of five is too few for it
+        validate(towers().model, metric_of_all(name="many"), [collated(towers(), towers().validation, 5)])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("too many", "raised RuntimeError: selected index k out of range (test_cli_gathered.py, line "),
+        ("bare", "returned a tensor of shape (); needed is (sum, count), a sum over the samples as a number or a"),
+    ],
+)
+def test_a_metric_that_no_outputs_will_do_for_is_named_before_training(name: str, message: str, tmp_path: Path) -> None:
+    options = ["--task", "test_cli_gathered:metric_of_all", "--task-option", f"name={name}"]
+    said = run("train", *options, "--output", tmp_path / "run", code=2)
+    assert f"error: task 'towers': the metric '{name}', called as metric(model, outputs), {message}" in said
+    assert not (tmp_path / "run").exists()
+
+
 # ---- refusals
 
 
@@ -254,16 +340,36 @@ def test_a_model_that_needs_real_numbers_is_measured() -> None:
 )
 def test_a_loss_beyond_the_budget_is_refused_before_any_work(arguments: list[str], tmp_path: Path) -> None:
     said = run(*arguments, "--max-memory", "150kB", "--output", tmp_path / "run", code=2)
-    assert "for the loss over all outputs, which takes 150.81 kB" in said
+    assert "error: max_memory=150.00 kB is too small for a window of 96 samples" in said
+    assert "most of all while the loss is computed: parameters 276 B, optimizer state 560 B, inputs 5.76 kB, " in said
     assert "RowBlocks" in said
     assert not (tmp_path / "run").exists()
 
 
-def test_a_budget_for_no_sample_is_refused_before_any_work() -> None:
-    with pytest.raises(ValueError, match=r"max_memory=10\.00 kB is less than the model's own state"):
-        planned_with(towers(size=600, hidden=64), 10_000)
-    with pytest.raises(ValueError, match=r"one sample does not fit into max_memory=1\.90 MB: it needs 1\.9\d MB"):
-        planned_with(towers(size=600, hidden=4096), 1_900_000)
+@pytest.mark.parametrize(
+    ("hidden", "max_memory", "most"),
+    [
+        (64, 10_000, "while the loss is computed"),
+        (4096, 10_000, "in the backward of a micro-batch|in the optimizer's step"),
+        (4096, 1_900_000, "in the backward of a micro-batch|in the optimizer's step"),
+    ],
+)
+def test_a_budget_for_no_sample_is_refused_and_the_one_that_is_named_is_enough(
+    hidden: int, max_memory: int, most: str
+) -> None:
+    task = towers(size=600, hidden=hidden)
+    message = (
+        rf"max_memory={mb.storages.format_bytes(max_memory)} is too small for a window of 96 samples: even in micro"
+    )
+    with pytest.raises(ValueError, match=message) as refused:
+        planned_with(task, max_memory)
+    assert re.search(rf"most of all ({most}): parameters [^(]* \(optimizer: AdamW\)\.", str(refused.value))
+    named = re.search(r"Give ([\d.]+ [kMG]?B) or more", str(refused.value))
+    assert named is not None
+    enough = mb.memory.parse_bytes(named[1])
+    planned_with(task, enough)
+    with pytest.raises(ValueError, match="is too small"):  # the control
+        planned_with(task, int(0.98 * enough))
 
 
 def planned_with(task: Task, max_memory: int) -> None:

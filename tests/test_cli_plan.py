@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import macrobatch as mb
 from macrobatch.cli import app
+from macrobatch.cli import plan as plan_command
 from macrobatch.cli.plan_words import choices_table, lines, memory_table
 from macrobatch.tasks import Task, load_task
 
@@ -152,6 +153,16 @@ def test_bars_are_as_long_as_their_share_of_the_peak_and_what_was_not_timed_is_a
         assert rows[label].count("█") == pytest.approx(16 * num_bytes / plan.peak, abs=1)
     assert rows["time per sample"].count(" - ") == 1
     assert lines(plan, None)[-1].startswith("checkpointing: ")
+
+
+def test_threads_are_those_asked_for_and_afterwards_those_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    seen: list[int] = []
+    monkeypatch.setattr(plan_command, "save_curve", lambda *_: seen.append(torch.get_num_threads()))
+    run("plan", *LINE, "--threads", str(before + 1), "--output", tmp_path / "run")
+    assert (seen, torch.get_num_threads()) == ([before + 1], before)
 
 
 # ---- mistakes

@@ -1,5 +1,7 @@
 """`macrobatch train`: everything is in the output folder, mistakes are a line each, and Ctrl-C keeps what is done."""
 
+import copy
+import io
 import json
 import math
 import os
@@ -8,17 +10,24 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from own_tasks import line
+from rich.console import Console
+from torch import nn
 from typer.testing import CliRunner
 
 import macrobatch as mb
 from macrobatch.cli import app, plots
-from macrobatch.tasks import load_task
+from macrobatch.cli.metric_check import check_metrics
+from macrobatch.cli.preparing import prepare
+from macrobatch.cli.validation import validate, validation_batches
+from macrobatch.tasks import Task, load_task
 
 TINY_LM = [
     "--task",
@@ -86,6 +95,9 @@ def test_a_run_leaves_metrics_events_summary_plot_and_weights(tmp_path: Path) ->
     assert "4 updates of 12 samples, each in 3 micro-batches of at most 5" in said
     assert f"loss {ended['validation_loss']:.4g}"[:9] in said
     assert not [path.name for path in folder.iterdir() if "partial" in path.name]
+    assert f" loss.png, loss.svg, metrics.jsonl, model.safetensors, summary.json, tensorboard in {folder}" in " ".join(
+        ["", *said.split()]
+    )
 
 
 def test_training_is_that_of_the_whole_batch_by_hand_whatever_the_micro_batch(tmp_path: Path) -> None:
@@ -415,6 +427,147 @@ def test_without_an_extra_the_command_line_says_what_to_install() -> None:
     assert child.stderr.strip() == "error: the command line needs rich: pip install -e '.[cli,tasks]'"
 
 
+# ---- metrics are tried before training, and data that takes its time comes after every check
+
+
+def sum_and_count(model: nn.Module, pair: Any) -> tuple[torch.Tensor, int]:
+    return (model(pair[0]) - pair[1]).abs().sum(), len(pair[0])
+
+
+BAD_METRICS: dict[str, tuple[Any, str]] = {
+    "one argument": (
+        lambda model: (1.0, 2),
+        "raised TypeError: <lambda>() takes 1 positional argument but 2 were given. Mend it, so that it returns (sum,",
+    ),
+    "raises": (
+        lambda model, pair: 1 / 0,
+        r"raised ZeroDivisionError: division by zero (test_cli_train.py, line ",
+    ),
+    "nothing": (lambda model, pair: None, "returned None; needed is (sum, count), a sum over the micro-batch as a"),
+    "a text": (lambda model, pair: ("high", 3), "returned ('high', 3); needed is (sum, count)"),
+    "no count": (lambda model, pair: (model(pair[0]).sum(), "no count"), "returned (a tensor of shape (), 'no count')"),
+    "no sum": (lambda model, pair: (model(pair[0]), 3), "returned (a tensor of shape (3, 1), 3); needed is (sum, coun"),
+    "a list": (lambda model, pair: [1.0, 2], "returned a list of 2; needed is (sum, count)"),
+}
+
+
+def with_metric(name: str) -> Task:
+    return replace(line(), metrics={"good": sum_and_count, name: BAD_METRICS[name][0]})
+
+
+def metric_task(*, name: str = "raises") -> Task:
+    return with_metric(name)
+
+
+@pytest.mark.parametrize("name", list(BAD_METRICS))
+def test_a_metric_that_cannot_be_taken_is_named_before_training(name: str, tmp_path: Path) -> None:
+    options = ["--task", "test_cli_train:metric_task", "--task-option", f"name={name}"]
+    said = " ".join(run(*options, "--output", tmp_path / "run", code=2).split())
+    assert (
+        f"error: task 'line': the metric '{name}', called as metric(model, micro_batch), {BAD_METRICS[name][1]}" in said
+    )
+    assert "or leave it out of the task's metrics. Nothing was trained" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_sum_of_a_metric_may_be_a_plain_number() -> None:
+    def number(model: Any, pair: Any) -> tuple[float, int]:
+        total, count = sum_and_count(model, pair)
+        return float(total.detach()), count
+
+    task = replace(line(), metrics={"tensor": sum_and_count, "number": number})
+    found = validate(task.model, task, validation_batches(task, 3))
+    assert found.metrics["number"] == pytest.approx(found.metrics["tensor"], rel=1e-6)
+    inputs, targets = (torch.stack(column) for column in zip(*task.validation, strict=True))  # type: ignore[call-overload]
+    assert found.metrics["number"] == pytest.approx(
+        float((task.model(inputs) - targets).abs().mean().detach()), rel=1e-6
+    )
+
+
+def test_a_metric_is_tried_on_one_micro_batch_and_leaves_model_and_random_numbers_alone() -> None:
+    seen: list[int] = []
+
+    def drawing(model: nn.Module, pair: Any) -> tuple[torch.Tensor, int]:
+        assert not model.training
+        seen.append(len(pair[0]))
+        return torch.rand(()), len(pair[0])
+
+    task = replace(line(), metrics={"drawing": drawing})
+    before, state = copy.deepcopy(task.model.state_dict()), torch.get_rng_state()
+    check_metrics(task.model, task, 3)
+    assert seen == [3]  # of the 7 held-out samples
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in task.model.state_dict().items())
+    assert task.model.training
+    assert all(p.grad is None for p in task.model.parameters())
+    drawing(task.model.eval(), task.train[0])  # the control
+    assert not torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_metric_that_is_short_of_memory_is_not_called_wrong() -> None:
+    def greedy(model: Any, pair: Any) -> Any:
+        raise torch.OutOfMemoryError("not now")
+
+    task = replace(line(), metrics={"greedy": greedy})
+    check_metrics(task.model, task, 3)
+
+
+PREPARED: list[tuple[int, int]] = []
+
+
+def slow_data(*, metric: bool = False) -> Task:
+    """A task whose data would take their time, which it tells of."""
+
+    def prepare(tell: Any) -> None:
+        for done in (1, 2, 3):
+            PREPARED.append((done, 3))
+            tell(done, 3)
+
+    return replace(with_metric("raises") if metric else line(), prepare=prepare)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--micro-batch-size", "0"], "at least 1, is needed; got '0'"),
+        (["--batch-size", "41"], "--batch-size 41 is more than the 40 training samples"),
+        (["--batch-schedule", "zigzag:3"], "--batch-schedule zigzag:3 is no schedule"),
+        (["--steps", "3", "--warmup", "4"], "--warmup 4 is longer than the run"),
+        (["--steps", "3", "--epochs", "4"], "give one of --steps, --epochs and --samples"),
+        (["--scaling", "sqrt", "--lr", "0.1"], "needs --base-batch-size"),
+        (["--scaling", "adam-sde", "--batch-size", "32"], "adam-sde"),
+        (["--max-memory", "20B"], "max_memory=20 B is less than"),
+        (["--snapshot-every", "3"], "--snapshot-every is for --spike-guard rollback"),
+        (["--task-option", "metric=True"], "the metric 'raises'"),
+        (["--output", __file__], "cannot write to the output folder"),
+    ],
+)
+def test_data_that_take_their_time_come_after_every_check(options: list[str], message: str, tmp_path: Path) -> None:
+    PREPARED.clear()
+    task = ["--task", "test_cli_train:slow_data"]
+    said = " ".join(run(*task, "--output", tmp_path / "run", *options, code=2).replace("│", " ").split())
+    assert message in said
+    assert not PREPARED
+    said = run(*task, "--output", tmp_path / "run")  # the control
+    assert [done for done, _ in PREPARED] == [1, 2, 3]
+    assert "preparing the data" in said
+
+
+def test_the_preparation_of_data_shows_how_far_it_is_and_how_long_it_takes() -> None:
+    console = Console(force_terminal=True, width=100, file=io.StringIO())
+
+    def prepared(tell: Any) -> None:
+        tell(1, 4)
+        time.sleep(0.3)  # the bar is drawn ten times a second
+        tell(4, 4)
+
+    prepare(replace(line(), prepare=prepared), console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    assert "1 of 4" in shown
+    assert " 25%" in shown
+    assert "left" in shown
+
+
 # ---- real processes
 
 
@@ -466,7 +619,7 @@ def test_ctrl_c_before_the_first_update_leaves_nothing_and_ends_with_130(tmp_pat
 
 
 def test_the_weights_are_kept_where_a_metric_fails_after_training(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["train", "--task", "own_tasks:broken_metric", "--output", str(tmp_path / "run")])
+    result = CliRunner().invoke(app, ["train", "--task", "own_tasks:late_metric", "--output", str(tmp_path / "run")])
     assert result.exit_code != 0
     assert not (tmp_path / "run" / "summary.json").exists()
     trained, before = weights(tmp_path / "run"), load_task("own_tasks:line").model.state_dict()

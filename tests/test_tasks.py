@@ -5,15 +5,18 @@ import hashlib
 import importlib.util
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import clear, difference, gradients
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import IterableDataset, default_collate
 
 import macrobatch as mb
@@ -23,6 +26,7 @@ from macrobatch.structure import tensors
 from macrobatch.tasks import Task, load_task, parse_task_option, task_names
 from macrobatch.tasks.code_lm import MAX_FILE_BYTES, ByteContexts, is_validation, source_files
 from macrobatch.tasks.embeddings import PACKAGE
+from macrobatch.tasks.encoded_pairs import BLOCK, TEXTS_AT_ONCE, EncodedPairs, computing
 
 TINY: dict[str, dict[str, Any]] = {
     "code-lm": {"d_model": 8, "num_layers": 1, "num_heads": 2, "context": 16},
@@ -243,6 +247,73 @@ def test_the_names_of_tasks_are_known_without_the_libraries_of_any_of_them() -> 
     assert not {"transformers", "tokenizers", "sklearn", PACKAGE} & set(found)
 
 
+# ---- embeddings
+
+
+def rows_of(tokens: Any) -> list[np.ndarray]:
+    return [np.full((len(ids), 2), sum(ids), dtype=np.float16) for ids in tokens]
+
+
+def counted_pairs(count: int, *, max_tokens: int = 7) -> tuple[EncodedPairs, list[int]]:
+    """Pairs of texts of differing length, and how many texts went through the layers in each forward."""
+    forwards: list[int] = []
+
+    def layers(tokens: Any) -> list[np.ndarray]:
+        forwards.append(len(tokens))
+        return rows_of(tokens)
+
+    tokens = {"docstring": [[j] * (1 + j % 7) for j in range(count)], "source": [[1, j] for j in range(count)]}
+    return EncodedPairs(tokens, layers, max_tokens), forwards
+
+
+def test_what_frozen_layers_give_is_computed_of_the_block_that_is_asked_for_and_once() -> None:
+    data, forwards = counted_pairs(3 * BLOCK + 5)
+    assert (len(data), forwards) == (3 * BLOCK + 5, [])
+    for _ in range(2):
+        sample = data[BLOCK + 3]
+        assert (sum(forwards), max(forwards)) == (2 * BLOCK, TEXTS_AT_ONCE)
+    length = 1 + (BLOCK + 3) % 7
+    assert (int(sample["docstring_length"]), sample["docstring"].shape) == (length, (7, 2))
+    assert sample["docstring"][:, 0].tolist() == [(BLOCK + 3) * length] * length + [0] * (7 - length)
+    assert sample["source"][0, 0] == 1 + BLOCK + 3
+    with pytest.raises(IndexError, match=f"pair {len(data)} of {len(data)}"):
+        data[len(data)]
+
+
+def test_preparing_computes_every_pair_once_tells_how_far_it_is_and_lets_the_layers_go() -> None:
+    one, forwards_of_one = counted_pairs(BLOCK + 5)
+    two, forwards_of_two = counted_pairs(3)
+    before, told = one[2], list[tuple[int, int]]()
+    layers = weakref.ref(one._layers)  # type: ignore[arg-type]  # not None yet
+    computing(one, two)(lambda done, total: told.append((done, total)))
+    assert told == [(BLOCK, BLOCK + 8), (BLOCK + 5, BLOCK + 8), (BLOCK + 8, BLOCK + 8)]
+    assert (sum(forwards_of_one), sum(forwards_of_two)) == (2 * BLOCK + 10, 6)
+    assert all(torch.equal(one[2][name], value) for name, value in before.items())
+    assert layers() is None
+
+
+@has_weights
+def test_padding_changes_no_embedding_and_no_shape_depends_on_the_lengths(loaded: Callable[..., Task]) -> None:
+    model = loaded("embeddings").model.double()
+    lengths = torch.tensor([3, 9, 5, 1])
+    hidden = torch.randn(4, 12, 384, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    trimmed, whole = (model(rows, lengths) for rows in (hidden[:, : int(lengths.max())], hidden))
+    assert (trimmed - whole).abs().max() <= 1e-12
+    for j, length in enumerate(lengths.tolist()):
+        assert (model(hidden[j : j + 1, :length], lengths[j : j + 1]) - whole[j]).abs().max() <= 1e-12
+    other = model(hidden, lengths + 1)  # the control: another token does change it
+    assert ((other - whole).abs().amax(1) > 1e-4).all()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model(mode.from_tensor(hidden), mode.from_tensor(lengths)).shape == (4, 384)
+
+
+@has_weights
+def test_a_folder_of_ones_own_is_named_in_what_the_task_says_of_itself(loaded: Callable[..., Task]) -> None:
+    said = loaded("embeddings").description
+    assert "functions of Python source in " in said
+    assert "standard library" not in said
+
+
 # ---- names and options
 
 
@@ -359,6 +430,7 @@ class Stream(IterableDataset[int]):
     [
         ({"model": nn.Linear}, "model must be a torch.nn.Module, got type"),
         ({"loss_fn": "mse"}, "loss_fn must be a function, got str"),
+        ({"prepare": 3}, "prepare must be a function, got int"),
         ({"metrics": {"accuracy": 0.5}}, "accuracy must be a function, got float"),
         ({"train": []}, "the train data is empty"),
         ({"validation": Stream()}, "validation data is a Stream without a length; a map-style dataset is needed"),

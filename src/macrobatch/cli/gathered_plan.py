@@ -92,27 +92,47 @@ class GatheredNeeds:
         return self.needs.graphs(size, -(-self.batch_size // size))
 
     def fitting(self) -> Fitting:
-        """The largest micro-batch that fits beside all outputs. ValueError where not even one sample, or the loss, does."""
-        self.needs.refuse_too_little(self.needs.trace(1))
-        return self.beside_outputs.search(check=True)
+        """The largest micro-batch that fits beside all outputs. ValueError where the loss, or one sample, does not."""
+        try:
+            return self.beside_outputs.search(check=True)
+        except ValueError:
+            self.needs.refuse_too_little(self.needs.trace(1))  # in words that fit a loss over all outputs
+            raise
 
     @property
     def beside_outputs(self) -> Account:
         """The account of a micro-batch in its backward, when the gradients of all outputs stand beside it."""
-        return _Account(self.needs, self.optimizer, self.batch_size, beside=self.needs.outputs)
+        return _BesideOutputs(self.needs, self.optimizer, self.batch_size)
 
 
 class _Account(Account):
-    """Counts a micro-batch's outputs, a state of the random numbers, and `beside`, with what a window keeps."""
+    """Counts a micro-batch's outputs and a state of the random numbers with what a window keeps."""
 
-    def __init__(self, needs: Needs, optimizer: Optimizer, batch_size: int, beside: int = 0) -> None:
+    def __init__(self, needs: Needs, optimizer: Optimizer, batch_size: int) -> None:
         super().__init__(needs.account.rehearsal, [optimizer], batch_size, needs.account.max_bytes)
         self._outputs = needs.outputs
-        self._beside = beside + _random_state(self.rehearsal.device)
 
     def kept(self, size: int) -> int:
         """Bytes kept for a window, beside what the loss and its graphs take."""
-        return super().kept(size) + self._beside + self._outputs * size // self.num_samples
+        return super().kept(size) + _random_state(self.rehearsal.device) + self._outputs * size // self.num_samples
+
+
+class _BesideOutputs(_Account):
+    """Counts the outputs of the whole window as well, and has no room for a size at which the loss has none."""
+
+    def __init__(self, needs: Needs, optimizer: Optimizer, batch_size: int) -> None:
+        super().__init__(needs, optimizer, batch_size)
+        self._needs = needs
+
+    def kept(self, size: int) -> int:
+        """With the outputs of all samples."""
+        return super().kept(size) + self._needs.outputs
+
+    def room(self, size: int, trace: Trace) -> int:
+        """While the loss is computed there are no gradients yet, unless they were zeroed in place."""
+        room = super().room(size, trace)
+        gradients = 0 if self._needs.has_gradients else trace.gradients
+        return room if self._needs.loss <= room + self._needs.outputs + gradients else -1
 
 
 def _random_state(device: torch.device) -> int:

@@ -19,6 +19,6 @@ def prepare(task: Task, console: Console) -> None:
     """The task's data are ready, with a bar and the time left where that takes work of the task's own."""
     if task.prepare is None:
         return
-    say(console, "preparing the data, once")
+    say(console, "preparing the data")
     with Progress(console, 1.0) as progress:
         task.prepare(lambda done, total: progress.advance(done / total - progress.done, f"{done:,} of {total:,}"))

@@ -25,8 +25,8 @@ class Task:
     `metric(model, outputs)` see the outputs of all samples at once.
     Whatever learns is in `model`; a loss, `encode` or metric that is a module may hold constants (class weights).
     `learning_rate` was tuned at `base_batch_size`.
-    `prepare(tell)` is for data that takes its time: commands check everything first, ask it for few samples at most, and
-    then let it get all of them ready, which it tells of by `tell(done, total)`.
+    `prepare(tell)` is for data that takes its time: it gets all samples ready, and says how far it is by
+    `tell(done, total)`. Commands call it once everything was checked; until then they ask for a few samples at most.
     """
 
     name: str
