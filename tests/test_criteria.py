@@ -353,7 +353,6 @@ def test_the_functional_kl_divergence_over_samples_is_divided_by_samples() -> No
         (F.relu, "relu"),
         (torch.softmax, "softmax"),
         (lambda outputs, targets: outputs.mean(), "<lambda>"),
-        (functools.partial(F.cross_entropy, None), "partial"),
         ("cross_entropy", "str"),
         ([], "list"),
         (None, "NoneType"),
@@ -361,9 +360,95 @@ def test_the_functional_kl_divergence_over_samples_is_divided_by_samples() -> No
 )
 def test_what_has_no_reduction_is_refused_with_what_to_write(criterion: Any, name: str) -> None:
     with pytest.raises(
-        ValueError, match=rf"a torch criterion with a reduction, got {name}: write a loss_fn that returns"
+        ValueError,
+        match=rf"a torch criterion with a reduction, got {name}: write a loss_fn\(model, micro_batch\) that returns "
+        r"\(loss_sum, loss_weight\) instead, for Accumulator",
     ):
         mb.sum_loss(criterion)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        (nn.CrossEntropyLoss, r"got the class CrossEntropyLoss: give one of it, CrossEntropyLoss\(...\)"),
+        (torch.zeros(()), "got a tensor, which is a loss computed already: give the criterion itself"),
+        (
+            functools.partial(F.cross_entropy, None),
+            "a partial of cross_entropy with arguments by position: give them by n",
+        ),
+        (
+            nn.MSELoss(reduction="men"),
+            "got MSELoss with reduction='men': give one of 'mean', 'sum', 'none', 'batchmean'",
+        ),
+    ],
+)
+def test_what_was_meant_to_be_a_criterion_is_refused_with_what_to_give(criterion: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mb.sum_loss(criterion)
+
+
+def test_what_is_in_the_exact_form_already_stays_what_it_is() -> None:
+    loss = mb.sum_loss(nn.MSELoss())
+    assert mb.sum_loss(loss) is loss
+
+
+class Returns(nn.Module):
+    """A model that returns its inputs in a container."""
+
+    def __init__(self, container: Any) -> None:
+        super().__init__()
+        self.container = container
+
+    def forward(self, inputs: Any) -> Any:
+        return self.container(inputs)
+
+
+@pytest.mark.parametrize(
+    ("container", "kind"),
+    [(lambda z: {"logits": z}, "dict"), (lambda z: (z, None), "tuple"), (lambda z: None, "NoneType")],
+)
+def test_outputs_in_a_container_are_refused_with_what_to_write(container: Any, kind: str) -> None:
+    pairs = torch.randn(4, 3), torch.zeros(4, dtype=torch.long)
+    message = (
+        rf"^CrossEntropyLoss needs a tensor of outputs, got a {kind}: write .* takes the tensor out of what the model"
+    )
+    with pytest.raises(ValueError, match=message):
+        mb.sum_loss(nn.CrossEntropyLoss())(Returns(container), pairs)
+    with pytest.raises(ValueError, match=message):
+        mb.sum_loss(F.cross_entropy)(container(pairs[0]), pairs[1])
+
+
+def test_a_criterion_of_ones_own_may_take_outputs_in_any_container() -> None:
+    class OfTwo(nn.Module):
+        reduction = "mean"
+
+        def forward(self, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+            losses = (outputs[0] - targets).square() + outputs[1].square()
+            return losses if self.reduction == "none" else losses.mean()
+
+    outputs, targets = (torch.randn(4), torch.randn(4)), torch.randn(4)
+    loss_sum, weight = mb.sum_loss(OfTwo())(outputs, targets)
+    torch.testing.assert_close(loss_sum / weight, OfTwo()(outputs, targets))
+
+
+def test_several_models_are_refused_where_one_is_called() -> None:
+    with pytest.raises(ValueError, match=r"calls one model, got a list of 1: give the Accumulator the model itself"):
+        mb.sum_loss(nn.MSELoss())([nn.Linear(3, 2)], (torch.randn(4, 3), torch.randn(4, 2)))
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "kind"),
+    [
+        ({"x": torch.zeros(4)}, "a dict: write"),
+        (torch.zeros(4, 3), r"a Tensor of shape \(4, 3\): write"),
+        ((torch.zeros(4),) * 3, "a tuple of 3: write"),
+    ],
+)
+def test_micro_batches_that_are_no_pairs_are_refused_with_what_they_are(micro_batch: Any, kind: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"takes \(inputs, targets\) micro-batches, got {kind} a loss_fn\(model, micro"
+    ):
+        mb.sum_loss(nn.MSELoss())(nn.Linear(3, 2), micro_batch)
 
 
 def test_linear_cross_entropy_as_a_function_is_refused() -> None:
@@ -498,13 +583,6 @@ def test_sum_loss_is_a_loss_fn_and_its_own_parameters_are_trained(name: str) -> 
             assert torch.isclose(report.loss, criterion(model(example.numbers), *example.others), rtol=EXACT)
             model.zero_grad()
             criterion.zero_grad()
-
-
-@pytest.mark.parametrize("micro_batch", [torch.ones(2, 3), {"x": torch.ones(2)}, (torch.ones(2),) * 3])
-def test_as_a_loss_fn_it_takes_pairs_only(micro_batch: Any) -> None:
-    name = type(micro_batch).__name__
-    with pytest.raises(ValueError, match=rf"takes \(inputs, targets\) micro-batches, got a {name}: write"):
-        mb.sum_loss(nn.MSELoss())(nn.Identity(), micro_batch)
 
 
 def test_class_weights_belong_to_the_loss_and_travel_with_it() -> None:

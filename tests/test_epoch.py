@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import macrobatch as mb
@@ -348,7 +348,7 @@ def used_up() -> Iterator[Pair]:
 @pytest.mark.parametrize("loader", [[], used_up(), DataLoader(TensorDataset(torch.zeros(0, 3), torch.zeros(0)))])
 def test_a_loader_without_data_is_an_error_not_a_mean_of_nothing(loader: Any) -> None:
     model = net()
-    with pytest.raises(ValueError, match="gave no batch: an iterator that was used up, or an empty dataset"):
+    with pytest.raises(ValueError, match=r"gave no batch: an iterator that was used up, or an empty dataset\? Give"):
         mb.train_epoch(model, loader, SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss())
 
 
@@ -376,6 +376,66 @@ def test_a_criterion_or_a_number_of_steps_that_means_nothing_is_refused_before_a
     with pytest.raises(ValueError, match="accumulation_steps must be an integer of at least 1, got 0"):
         mb.train_epoch(model, loader(), optimizer, nn.CrossEntropyLoss(), 0)
     assert drawn == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model": lambda x: x},
+            r"model must be an nn.Module, got a function\. The order is train_epoch\(model, dataloader",
+        ),
+        (
+            {"optimizer": nn.CrossEntropyLoss()},
+            r"optimizer must be a torch optimizer, got a CrossEntropyLoss\. The order is",
+        ),
+        ({"dataloader": None}, r"dataloader must give .* got a NoneType, which cannot be\. The order is train_epoch\("),
+        (
+            {"dataloader": TensorDataset(inputs(4), labels(4))},
+            r"got a TensorDataset, which gives samples: give DataLoader\(dataset, batch_size=...\)",
+        ),
+        (
+            {"scheduler": StepLR},
+            r"scheduler must have a step\(\) without a metric, .* got the class StepLR\. Give one such",
+        ),
+        ({"scheduler": "cosine"}, r"scheduler must have a step\(\) without a metric, .* got a str"),
+        (
+            {"scheduler": ReduceLROnPlateau},
+            r"got a ReduceLROnPlateau\. .* step yours after the epoch: scheduler.step\(loss",
+        ),
+        ({"max_norm": 0}, "max_norm must be positive, or None for no clipping, got 0"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_before_anything_is_trained(change: dict[str, Any], message: str) -> None:
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    if change.get("scheduler") is ReduceLROnPlateau:
+        change = {"scheduler": ReduceLROnPlateau(optimizer)}
+    drawn: list[int] = []
+
+    def loader() -> Iterator[Pair]:
+        drawn.append(1)
+        yield inputs(5), labels(5)
+
+    given = {
+        "model": model,
+        "dataloader": loader(),
+        "optimizer": optimizer,
+        "criterion": nn.CrossEntropyLoss(),
+    } | change
+    with pytest.raises(ValueError, match=message):
+        mb.train_epoch(**given)
+    assert drawn == []
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_several_optimizers_and_a_criterion_in_the_exact_form_are_taken() -> None:
+    mine, theirs = net(), net()
+    pairs = micro_batches(inputs(15), labels(15), 5, 5, 5)
+    halves = [SGD([p], lr=0.5) for p in mine.parameters()]
+    mb.train_epoch(mine, pairs, halves, mb.sum_loss(nn.CrossEntropyLoss()), 2)
+    by_hand(theirs, pairs, SGD(theirs.parameters(), lr=0.5), nn.CrossEntropyLoss(), 2)
+    assert apart(mine, theirs) < EXACT
 
 
 @pytest.mark.parametrize("batch", [{"x": inputs(4), "y": labels(4)}, (inputs(4), labels(4), labels(4)), inputs(4)])

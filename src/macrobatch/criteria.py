@@ -23,6 +23,9 @@ _MODULE_OF: dict[Any, type[nn.Module]] = {
 }
 
 
+REDUCTIONS = ("mean", "sum", "none", "batchmean")
+
+
 class SumLoss(nn.Module):
     """What `sum_loss` returns: `(outputs, targets) -> (loss_sum, loss_weight)`, and a loss_fn for (inputs, targets)."""
 
@@ -37,6 +40,7 @@ class SumLoss(nn.Module):
         if isinstance(outputs, nn.Module):
             inputs, targets = _pair(targets)
             outputs = outputs(inputs)
+        self._check_outputs(outputs)
         losses = self.criterion(outputs, targets, *others)
         if isinstance(self.criterion, _CLASS_LOSSES):
             return losses, _class_weight(self.criterion, targets)
@@ -45,6 +49,22 @@ class SumLoss(nn.Module):
         terms = len(outputs) if getattr(self.criterion, "per_sample", False) else losses.numel()
         self._check_mean(losses, terms, (outputs, targets, *others))
         return losses.sum(), terms
+
+    def _check_outputs(self, outputs: Any) -> None:
+        """ValueError where a criterion of torch's own, which takes tensors, is given what models return around them."""
+        if isinstance(outputs, Tensor) or self._mean_to_check[0] is not None:
+            return
+        if isinstance(outputs, list | tuple) and outputs and all(isinstance(each, nn.Module) for each in outputs):
+            raise ValueError(
+                f"sum_loss as a loss_fn calls one model, got a {type(outputs).__name__} of {len(outputs)}: give the "
+                "Accumulator the model itself, or write a loss_fn(models, micro_batch) that returns "
+                "sum_loss(criterion)(outputs, targets)"
+            )
+        raise ValueError(
+            f"{_name(self.criterion)} needs a tensor of outputs, got a {type(outputs).__name__}: write a "
+            "loss_fn(model, micro_batch) that takes the tensor out of what the model returns (outputs.logits, say) and "
+            "returns sum_loss(criterion)(tensor, targets), for Accumulator(model, loss_fn)"
+        )
 
     def _check_mean(self, losses: Tensor, terms: int, arguments: tuple[Any, ...]) -> None:
         """That a criterion torch does not define means by its mean what is computed here.
@@ -75,16 +95,16 @@ def sum_loss(criterion: Any) -> SumLoss:
     Knows class weights, `ignore_index` and label smoothing (the weight of cross-entropy is the sum of the class weights
     of its valid targets), `KLDivLoss(reduction="batchmean")` (samples), `CTCLoss` (samples, each over its length) and
     every criterion that can give its losses unreduced (their number). Takes a module or a function of
-    torch.nn.functional, also in a `functools.partial`. The result is called as (outputs, targets), or as
-    (model, (inputs, targets)): a loss_fn. ValueError where the denominator cannot be known.
+    torch.nn.functional, also in a `functools.partial`; what is a SumLoss already is returned as it is. The result is
+    called as (outputs, targets), or as (model, (inputs, targets)): a loss_fn. ValueError where the denominator cannot
+    be known.
     """
+    if isinstance(criterion, SumLoss):
+        return criterion
     module = criterion if isinstance(criterion, nn.Module) else _module_of(criterion)
     reduction = getattr(module, "reduction", None)
-    if module is None or reduction not in ("mean", "sum", "none", "batchmean"):
-        raise ValueError(
-            f"sum_loss needs a torch criterion with a reduction, got {_name(criterion)}: write a loss_fn that returns "
-            "(loss_sum, loss_weight) instead"
-        )
+    if module is None or reduction not in REDUCTIONS:
+        raise ValueError(f"sum_loss needs a torch criterion with a reduction, {_instead(criterion, reduction)}")
     is_torchs = type(module).__module__.startswith("torch.nn") or isinstance(module, _Functional)
     is_class_loss = isinstance(module, _CLASS_LOSSES)
     if is_class_loss and type(module).forward in [kind.forward for kind in _CLASS_LOSSES]:
@@ -132,6 +152,23 @@ def _module_of(criterion: Any) -> nn.Module | None:
     return _Functional(criterion, options) if "reduction" in takes and "linear_weight" not in takes else None
 
 
+def _instead(criterion: Any, reduction: Any) -> str:
+    """What was given in place of a criterion, and what to give."""
+    name = _name(criterion)
+    if isinstance(criterion, type):
+        return f"got the class {name}: give one of it, {name}(...)"
+    if isinstance(criterion, Tensor):
+        return "got a tensor, which is a loss computed already: give the criterion itself"
+    if isinstance(criterion, functools.partial) and criterion.args:
+        return f"got a partial of {_name(criterion.func)} with arguments by position: give them by name"
+    if reduction is not None:
+        return f"got {name} with reduction={reduction!r}: give one of {', '.join(map(repr, REDUCTIONS))}"
+    return (
+        f"got {name}: write a loss_fn(model, micro_batch) that returns (loss_sum, loss_weight) instead, for "
+        "Accumulator(model, loss_fn)"
+    )
+
+
 def _name(criterion: Any) -> str:
     return getattr(criterion, "__name__", type(criterion).__name__)
 
@@ -139,9 +176,12 @@ def _name(criterion: Any) -> str:
 def _pair(micro_batch: Any) -> tuple[Any, Any]:
     if isinstance(micro_batch, tuple | list) and len(micro_batch) == 2:
         return micro_batch[0], micro_batch[1]
+    is_sequence = isinstance(micro_batch, tuple | list)
+    of = f" of {len(micro_batch)}" if is_sequence else f" of shape {tuple(getattr(micro_batch, 'shape', ()))}"
     raise ValueError(
-        f"sum_loss as a loss_fn takes (inputs, targets) micro-batches, got a {type(micro_batch).__name__}: write "
-        "loss_fn(model, micro_batch) and call the criterion there with (outputs, targets)"
+        f"sum_loss as a loss_fn takes (inputs, targets) micro-batches, got a {type(micro_batch).__name__}"
+        f"{of if is_sequence or isinstance(micro_batch, Tensor) else ''}: write a loss_fn(model, micro_batch) that "
+        "returns sum_loss(criterion)(outputs, targets), for Accumulator(model, loss_fn)"
     )
 
 

@@ -130,7 +130,12 @@ def _checked(optimizer: Any) -> list[Optimizer]:
 
 
 def _check_options(max_norm: float | None, nonfinite: str) -> None:
-    if max_norm is not None and not (isinstance(max_norm, int | float) and max_norm > 0):
-        raise ValueError(f"max_norm must be positive, or None for no clipping, got {max_norm!r}")
+    check_max_norm(max_norm)
     if nonfinite not in ("skip", "ignore"):
         raise ValueError(f"nonfinite must be 'skip' or 'ignore', got {nonfinite!r}")
+
+
+def check_max_norm(max_norm: float | None) -> None:
+    """ValueError for what is no norm to clip to."""
+    if max_norm is not None and not (isinstance(max_norm, int | float) and max_norm > 0):
+        raise ValueError(f"max_norm must be positive, or None for no clipping, got {max_norm!r}")
