@@ -996,6 +996,14 @@ def test_limit_pairs_in_a_multiple_of_the_micro_batch_are_not_seen_where_all_are
         mb.GatheredAccumulator(model, views, loss_fn, micro_batch_size=4).run(case()[1])
 
 
+def test_limit_pairs_are_not_seen_in_micro_batches_of_one_sample() -> None:
+    model, batch = case(12)
+    logits, loss_fn = PAIRS["logits"][0], lambda m, z, w: z.square().mean()
+    expected = reference(model, lambda: loss_fn(None, logits(model, batch), None))
+    mb.GatheredAccumulator(model, logits, loss_fn, micro_batch_size=1).run(batch)
+    assert difference(gradients(model), expected) > 0.1
+
+
 def test_outputs_without_parameters_are_refused_where_a_budget_is_planned_too() -> None:
     with pytest.raises(ValueError, match="no output of encode depends on a trainable parameter"):
         run(lambda m, b: {key: z.detach() for key, z in encode(m, b).items()}, max_memory="10MB")
