@@ -1,5 +1,6 @@
 """Every test starts from the same seed, on one thread, in float32, and leaves no trace of having run."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,13 @@ def _same_start_for_every_test() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_was_imported_is_no_garbage() -> None:
+    """Recovery collects garbage after every failure; walking over all of torch each time would take longest."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,6 +4,7 @@ Started by test_distributed.py; imports nothing from pytest, so that a child pro
 """
 
 import datetime
+import gc
 import os
 import sys
 import traceback
@@ -623,6 +624,8 @@ def main(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=60)
     for name, claim in claims().items():
+        gc.collect()
+        gc.freeze()  # recovery collects garbage after every failure: not over all that was imported, too
         start = f"file://{folder}/{name}.start"  # a group for each claim: one that fails leaves its ranks out of step
         dist.init_process_group("gloo", init_method=start, rank=rank, world_size=world, timeout=timeout)
         try:
