@@ -54,7 +54,8 @@ def test_two_updates_of_training_take_what_the_plan_says(case: Case) -> None:
     assert (found.method, found.is_exact, found.num_passes <= 4) == ("fake", True, True)
 
 
-BUDGETS = 12  # for each of two models
+BUDGETS = 12  # for each of two models; three of them here, the others in `make check`
+SHARES = [pytest.param(share, marks=[pytest.mark.slow] if share % 4 else []) for share in range(BUDGETS)]
 
 
 @cache
@@ -62,7 +63,7 @@ def peak_of_batch(name: str, batch_size: int) -> int:
     return planned(CASES[name], "4GB", batch_size).peak
 
 
-@pytest.mark.parametrize("share", range(BUDGETS))
+@pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("name", FAST)
 def test_the_planned_size_trains_within_the_budget_and_one_sample_more_does_not(name: str, share: int) -> None:
     case, batch_size = CASES[name], 64
