@@ -198,7 +198,8 @@ def test_every_way_has_its_sharpness_and_every_seed_its_end(compared: tuple[str,
     assert len(set(ends)) == 3  # other seeds are other runs
     assert "over 3 seeds" in said
     text = (folder / "report.html").read_text()
-    assert f'<th scope="row">loss, 3 seeds, 95%</th><td>{interval_of(ends)}</td>' in text
+    said_of_ends = str(interval_of(ends)).replace("± ", "±\u00a0")
+    assert f'<th scope="row">loss, 3 seeds, 95%</th><td>{said_of_ends}</td>' in text
     assert "3 seeds, of the initial weights and the order of samples" in text
 
 

@@ -5,9 +5,15 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from own_tasks import line
 from rich.console import Console
 from test_compare import comparison, course, run, strict_json, validation, with_result
@@ -17,8 +23,10 @@ from test_compare_scaling import scaled, with_sharpness
 from macrobatch.cli import course_words, scale_words, words
 from macrobatch.cli.compare_options import CompareOptions
 from macrobatch.cli.comparer import Comparer, WholeBatches
-from macrobatch.cli.comparison import Comparison, Course
+from macrobatch.cli.comparison import Comparison, Course, NoisePoint
 from macrobatch.cli.estimates import Estimate
+from macrobatch.cli.figures import COUPLED_PLOTS, PLOTS, Plot, plots_of
+from macrobatch.cli.plots import STYLE, few_ticks, log_ticks
 from macrobatch.cli.report import page, rows
 from macrobatch.cli.sampling import UpdateIndices
 from macrobatch.cli.speed_words import Ratio, judged, time_ratio
@@ -111,12 +119,11 @@ def timed(ratios: Sequence[float]) -> Ratio:
 
 
 def test_the_interval_of_a_time_ratio_is_between_the_ranks_of_the_sign_test() -> None:
-    """The ranks of the table for 95% in Conover 1999 (table A3, n to 20)."""
-    ranks = {6: 1, 8: 1, 9: 2, 12: 3, 15: 4, 17: 5, 20: 6}
-    for n, rank in ranks.items():
+    for n in range(4, 60):
+        missed = [2 * sum(math.comb(n, i) for i in range(k)) / 2**n for k in range(n)]
+        k = max(k for k in range(n) if missed[k] <= 0.05)
         found = timed([float(number) for number in range(n, 0, -1)])
-        assert (found.low, found.high) == (rank, n + 1 - rank)
-    assert (timed([1.0] * 5).low, timed([1.0] * 5).high) == (0.0, math.inf)
+        assert (found.low, found.high) == ((k, n + 1 - k) if k else (0.0, math.inf))
     many = timed([float(number) for number in range(1, 4002)])
     assert many.low == pytest.approx(2001 - 1.96 * math.sqrt(4001) / 2, abs=2)
 
@@ -224,7 +231,7 @@ def all_risen(rise: float, training: float = 1.0) -> Comparison:
 def test_that_every_way_was_best_before_the_end_is_said_with_where_and_how_good() -> None:
     found = course_words.past_best(all_risen(0.5))
     assert found is not None
-    assert found.title == "Every way had the lowest validation loss before the end, not at it"
+    assert found.title == "Every way had its lowest validation loss before the end, not at it"
     assert "small batch 2.000 after 512 samples, 2.500 at the end; accumulation 2.000 after 512 samples" in found.text
     assert "which is overfitting" in found.text
     assert found in words.findings(all_risen(0.5))
@@ -244,12 +251,24 @@ def test_how_many_ways_were_best_before_the_end_is_said() -> None:
     one = with_result("small", course=risen(1.9, 3.0, updates=128, training=1.0))
     found = course_words.past_best(one)
     assert found is not None
-    assert found.title.startswith("1 of 3 ways had")
+    assert found.title.startswith("1 of 3 ways had their lowest")
     # A small batch that overfitted is not said to have had too large a rate.
     text = text_of(one)
     assert "which suggests that it overfitted: its lowest loss was 1.900, after 512 samples" in text
     assert "large for its noise" not in text
     assert "large for its noise" in text_of(with_result("small", course=course(3.0, updates=128)))
+
+
+def test_a_scaled_rate_that_overfitted_is_not_said_to_be_too_large() -> None:
+    base = scaled(2.9)
+    result = replace(base.results["scaled"], course=risen(2.3, 2.9, updates=16, training=1.0))
+    found = scale_words.scaled_rate(replace(base, results={**base.results, "scaled": result}))
+    control = scale_words.scaled_rate(base)
+    assert found is not None
+    assert control is not None
+    assert "It overfitted: its lowest loss was 2.300, after 512 samples." in found.text
+    assert "largest useful value already" not in found.text
+    assert "largest useful value already" in control.text
 
 
 def test_weights_that_were_best_before_training_are_said_to_be() -> None:
@@ -301,3 +320,133 @@ def test_a_way_that_does_not_fit_takes_no_more_room_than_a_number() -> None:
     lines = printed(of, 80)
     assert sum(text.startswith("learning rate") for text in lines) == 1
     assert any(re.search(r"10\.0 MB +11\.0 MB +80\.0 MB +11\.0 MB", text) for text in lines)
+
+
+# ---- the pictures
+
+
+def drawn(plot: Plot, of: Comparison) -> tuple[Figure, Axes]:
+    with rc_context({**STYLE, "font.size": 12}):
+        figure = Figure(figsize=(5.2, 4.0), layout="constrained")
+        axes = figure.subplots()
+        plot.draw(axes, of)
+        figure.draw_without_rendering()
+    return figure, axes
+
+
+def times_as_large(of: Comparison, factor: int) -> Comparison:
+    """The same over so many times the samples, memory and speed."""
+
+    def longer(made: Course) -> Course:
+        losses = [(factor * n, loss) for n, loss in made.losses]
+        curve = [(factor * n, loss) for n, loss in made.validation_losses]
+        noise = [replace(point, samples=factor * point.samples) for point in made.noise]
+        windows = [factor * n for n in made.window_samples]
+        return replace(made, losses=losses, validation_losses=curve, noise=noise, window_samples=windows)
+
+    results = {
+        key: replace(
+            result,
+            course=None if result.course is None else longer(result.course),
+            memory=replace(result.memory, peak_bytes=factor * (result.memory.peak_bytes or 0)),
+        )
+        for key, result in of.results.items()
+    }
+    budget = None if of.max_memory is None else factor * of.max_memory
+    return replace(of, samples=factor * of.samples, results=results, max_memory=budget)
+
+
+def noisy_comparison() -> Comparison:
+    points = [
+        NoisePoint(128, 20.0, 0.0, math.inf),
+        NoisePoint(512, 90.0, 30.0, 9000.0),
+        NoisePoint(1024, 300.0, 90.0, math.inf),
+    ]
+    small, large = with_sharpness([3.0, 3.2, 2.9], [5.0, 5.1, 5.0]), scaled(2.2, noise=points)
+    results = {**small.results, "scaled": large.results["scaled"]}
+    return replace(small, results=results, scaling=large.scaling, max_memory=12_000_000)
+
+
+COMPARISONS = [noisy_comparison(), replace(coupled(scaled=True), max_memory=12_000_000)]
+ALL_PLOTS = [
+    (plot, times_as_large(of, factor)) for of in COMPARISONS for plot in plots_of(of) for factor in (1, 8, 1000)
+]
+
+
+@pytest.mark.parametrize(("plot", "of"), ALL_PLOTS, ids=lambda each: getattr(each, "name", ""))
+def test_no_label_of_a_picture_runs_into_another_or_into_a_line(plot: Plot, of: Comparison) -> None:
+    figure, axes = drawn(plot, of)
+    ticks = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+    inside = [box for box in ticks if axes.bbox.x0 - 1 <= (box.x0 + box.x1) / 2 <= axes.bbox.x1 + 1]
+    assert 2 <= len(inside) <= 8
+    for one, other in pairwise(sorted(inside, key=lambda box: box.x0)):
+        assert one.x1 + 4 < other.x0
+    assert [text.get_text() for text in axes.texts if text.get_window_extent().x0 < axes.bbox.x1] == []
+    assert [legend for legend in figure.legends if legend.get_window_extent().y1 > axes.get_tightbbox().y0] == []
+    assert axes.get_legend() is None
+    assert not any("e+" in label.get_text() for label in [*axes.get_xticklabels(), *axes.get_yticklabels()])
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert max([box.x1 for box in boxes], default=0) <= figure.bbox.x1
+
+
+def test_ticks_that_would_run_into_one_another_are_found() -> None:
+    """The control: the ticks that an axis has without its locator."""
+    plot, of = next(each for each in ALL_PLOTS if each[0].name == "speed" and each[1].samples > 10**6)
+    _, axes = drawn(plot, of)
+    axes.xaxis.set_major_locator(MaxNLocator(14))
+    axes.figure.draw_without_rendering()  # type: ignore[union-attr]
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert any(one.x1 + 4 >= other.x0 for one, other in pairwise(boxes))
+
+
+def test_what_metrics_were_before_training_is_a_bar_of_its_own_and_no_line() -> None:
+    plot = next(each for each in COUPLED_PLOTS if each.name == "metrics")
+    _, axes = drawn(plot, coupled())
+    assert axes.lines == [] or not list(axes.lines)
+    assert axes.get_legend_handles_labels()[1][0] == "before training"
+    assert [round(bar.get_width(), 3) for bar in axes.patches] == [0.3, 0.4, 0.45, 0.5, 0.5]  # type: ignore[attr-defined]
+    assert [text.get_text() for text in axes.texts] == ["0.300", "0.400", "0.450", "0.500", "0.500"]
+
+
+@pytest.mark.parametrize(("factor", "unit"), [(1, "MB"), (1000, "GB")])
+def test_the_axis_of_memory_is_in_the_unit_of_its_largest_bar(factor: int, unit: str) -> None:
+    plot = next(each for each in PLOTS if each.name == "memory")
+    _, axes = drawn(plot, times_as_large(comparison(), factor))
+    assert axes.get_xlabel() == f"peak memory in {unit}"
+    assert max(bar.get_width() for bar in axes.patches) == pytest.approx(80)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.3, 12, ["0.5", "1", "2", "5", "10"]),
+        (4, 3000, ["10", "30", "100", "300", "1,000", "3,000"]),
+        (0.004, 3000, ["0.01", "0.1", "1", "10", "100", "1,000"]),
+    ],
+)
+def test_a_logarithmic_axis_has_few_plain_numbers(low: float, high: float, ticks: list[str]) -> None:
+    axes = Figure().subplots()
+    axes.set(yscale="log", ylim=(low, high))
+    log_ticks(axes)
+    axes.figure.draw_without_rendering()
+    assert [label.get_text() for label in axes.get_yticklabels()] == ticks
+
+
+def test_an_interval_of_the_noise_scale_without_an_end_goes_to_the_edge() -> None:
+    plot = next(each for each in PLOTS if each.name == "noise")
+    _, axes = drawn(plot, noisy_comparison())
+    (band,) = [each for each in axes.collections if isinstance(each, PolyCollection)]
+    corners = {(float(x), round(float(y))) for x, y in band.get_paths()[0].vertices}
+    bottom, top = (round(end) for end in axes.get_ylim())
+    assert corners >= {(128.0, bottom), (128.0, top), (512.0, 30), (512.0, 9000), (1024.0, 90), (1024.0, top)}
+
+
+def test_a_long_axis_counts_in_thousands_or_millions() -> None:
+    labels = {}
+    for largest in (90_000, 200_000, 3_000_000):
+        axes = Figure().subplots()
+        axes.plot([0, largest], [0, 1])
+        few_ticks(axes)
+        axes.figure.draw_without_rendering()
+        labels[largest] = axes.get_xticklabels()[-2].get_text()
+    assert labels == {90_000: "80,000", 200_000: "200k", 3_000_000: "3M"}

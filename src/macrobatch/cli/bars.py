@@ -1,21 +1,24 @@
 """The bars among the figures of a comparison: what is one number for each way."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 
 from macrobatch.cli.comparison import Comparison, Result
-from macrobatch.cli.formats import bytes_text, number_text, with_error
-from macrobatch.cli.palette import COLOR, INK, PANEL
+from macrobatch.cli.formats import bytes_text, bytes_unit, number_text, with_error
+from macrobatch.cli.palette import COLOR, FAINT, INK
+from macrobatch.cli.plots import few_ticks, legend_below
 from macrobatch.cli.seeds import interval_of
 from macrobatch.cli.way import Key
 
 
 def memory_bars(axes: Axes, comparison: Comparison) -> None:
     """Peak bytes by way, and the budget where there is one."""
-    unit, results = 1e6, _measured(comparison)
-    values = {key: (result.memory.peak_bytes or 0) / unit for key, result in results.items()}
+    results = _measured(comparison)
+    values = {key: float(result.memory.peak_bytes or 0) for key, result in results.items()}
+    unit, name = bytes_unit(max(*values.values(), comparison.max_memory or 0))
+    values = {key: value / unit for key, value in values.items()}
     labels = {key: _memory_label(result) for key, result in results.items()}
     if comparison.max_memory is not None:
         axes.axvline(comparison.max_memory / unit, color=INK, linewidth=1, linestyle=":", zorder=0.5)
@@ -25,7 +28,7 @@ def memory_bars(axes: Axes, comparison: Comparison) -> None:
     for bar, result in zip(axes.patches, results.values(), strict=True):
         if not result.memory.fits:
             bar.set(facecolor="none", edgecolor=COLOR[result.way.key], linestyle="--")
-    axes.set(xlabel="peak memory in MB")
+    axes.set(xlabel=f"peak memory in {name}")
 
 
 def _measured(comparison: Comparison) -> Mapping[Key, Result]:
@@ -43,7 +46,7 @@ def speed_bars(axes: Axes, comparison: Comparison) -> None:
     rates = {
         key: result.course.samples_per_second if result.course else 0 for key, result in _measured(comparison).items()
     }
-    labels = {key: number_text(rate) if rate else "not run" for key, rate in rates.items()}
+    labels = {key: f"{rate:,.0f}" if rate else "not run" for key, rate in rates.items()}
     _bars(axes, comparison, rates, labels)
     axes.set(xlabel="samples per second")
 
@@ -60,30 +63,28 @@ def sharpness_bars(axes: Axes, comparison: Comparison) -> None:
     for row, interval in enumerate(measured.values()):
         if math.isfinite(interval.half):
             axes.errorbar(interval.mean, row + 0.22, xerr=interval.half, color=INK, capsize=2, linewidth=1)
-    ends = [interval.mean + (interval.half if math.isfinite(interval.half) else 0) for interval in measured.values()]
-    axes.set(xlabel="largest eigenvalue of the Hessian", xlim=(0, 1.4 * max(ends, default=0) or 1))
+    axes.set(xlabel="largest eigenvalue of the Hessian")
+    axes.set_xlim(left=0)
 
 
 def metric_bars(axes: Axes, comparison: Comparison) -> None:
-    """Each metric at the end, by way, and dotted what it was before training."""
-    trained = [result for result in comparison.results.values() if result.course is not None]
-    height = 0.8 / len(trained)
-    for place, result in enumerate(trained):
-        assert result.course is not None
-        values = [result.course.final.metrics[name] for name in comparison.metric_names]
-        rows = [row + (place - (len(trained) - 1) / 2) * height for row in range(len(values))]
-        bars = axes.barh(rows, values, height * 0.9, color=COLOR[result.way.key], label=result.way.name)
-        axes.bar_label(bars, [number_text(value) for value in values], padding=3, color=INK, fontsize="x-small")
-    for row, name in enumerate(comparison.metric_names):
-        if name in comparison.metrics_before:
-            before = [comparison.metrics_before[name]] * 2
-            label = None if row else "before training"
-            axes.plot(before, [row - 0.45, row + 0.45], color=INK, linestyle=":", linewidth=1.2, label=label)
-    axes.set_yticks(range(len(comparison.metric_names)), comparison.metric_names)
+    """Each metric before training and at the end, by way."""
+    names, before = comparison.metric_names, comparison.metrics_before
+    bars = [("before training", FAINT, [before.get(name, math.nan) for name in names])] if before else []
+    for result in comparison.results.values():
+        if result.course is not None:
+            metrics = result.course.final.metrics
+            bars.append((result.way.name, COLOR[result.way.key], [metrics[name] for name in names]))
+    height = 0.84 / len(bars)
+    for place, (label, color, values) in enumerate(bars):
+        rows = [row + (place - (len(bars) - 1) / 2) * height for row in range(len(values))]
+        axes.barh(rows, values, height * 0.9, color=color, label=label)
+        _numbers(axes, rows, [number_text(value) for value in values], size="x-small" if len(names) > 1 else "small")
+    axes.set_yticks(range(len(names)), list(names))
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.margins(x=0.15)
-    axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    few_ticks(axes)
+    legend_below(axes)
 
 
 def variance_by_way(axes: Axes, comparison: Comparison) -> None:
@@ -101,10 +102,15 @@ def _bar_name(result: Result) -> str:
 
 def _bars(axes: Axes, comparison: Comparison, values: Mapping[Key, float], labels: Mapping[Key, str]) -> None:
     names = [_bar_name(comparison.results[key]) for key in values]
-    bars = axes.barh(names, list(values.values()), color=[COLOR[key] for key in values], height=0.6)
-    behind = {"facecolor": PANEL, "edgecolor": "none", "pad": 1}  # no line runs through the numbers
-    axes.bar_label(bars, list(labels.values()), padding=4, color=INK, bbox=behind)
+    axes.barh(names, list(values.values()), color=[COLOR[key] for key in values], height=0.6)
+    _numbers(axes, range(len(names)), list(labels.values()))
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.margins(x=0.35)
+    few_ticks(axes)
     axes.set_xlim(left=0)
+
+
+def _numbers(axes: Axes, rows: Sequence[float], labels: Sequence[str], size: str = "medium") -> None:
+    """A column of numbers to the right of the axes, where no bar, grid or budget runs through them."""
+    for row, label in zip(rows, labels, strict=True):
+        axes.text(1.02, row, label, transform=axes.get_yaxis_transform(), va="center", color=INK, fontsize=size)

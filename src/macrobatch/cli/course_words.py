@@ -9,14 +9,14 @@ from macrobatch.cli.comparison import Comparison, Course
 from macrobatch.cli.estimates import paired_difference
 from macrobatch.cli.finding import EQUAL_LOSS, Finding
 
-SURE = 2.0  # standard errors of the loss at the end itself, which are more than those of its rise over the same samples
+SURE = 2.0  # standard errors of the loss at the end; a rise over the same samples is as a rule better known than that
 
 
 @dataclass(frozen=True)
 class Peak:
     """The lowest validation loss of a way and the samples it was seen after, well below the one at the end.
 
-    `training_fell`: whether the training loss, in means over the same number of updates, went on falling from there.
+    `training_fell`: whether the training loss went on falling from there, in means over an eighth of the run.
     """
 
     samples: int
@@ -49,10 +49,10 @@ def past_best(comparison: Comparison) -> Finding | None:
     peaks = {name: peak for name, course in trained.items() if (peak := peak_of(course)) is not None}
     if not peaks:
         return None
-    who = "Every way" if len(peaks) == len(trained) else f"{len(peaks)} of {len(trained)} ways"
+    who = "Every way had its" if len(peaks) == len(trained) else f"{len(peaks)} of {len(trained)} ways had their"
     first = " in the run of the first seed" if comparison.repeats else ""
     return Finding(
-        f"{who} had the lowest validation loss before the end, not at it",
+        f"{who} lowest validation loss before the end, not at it",
         f"Lowest{first}: {'; '.join(f'{name} {_text(peak)}' for name, peak in peaks.items())}. "
         f"{_cause(list(peaks.values()))} All else that is said of losses is of those at the end, not of the best that "
         "a way reached: for that, compare the lowest ones, or give fewer --samples.",

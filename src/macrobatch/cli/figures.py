@@ -11,13 +11,13 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from macrobatch.cli.bars import memory_bars, metric_bars, sharpness_bars, speed_bars, variance_by_way
 from macrobatch.cli.comparison import Comparison, Course, Result
 from macrobatch.cli.finding import is_clear
 from macrobatch.cli.palette import COLOR, FAINT, INK, VARIABLES
-from macrobatch.cli.plots import STYLE, smoothed, thousands
+from macrobatch.cli.plots import STYLE, few_ticks, legend_below, log_ticks, smoothed, thousands
 from macrobatch.cli.way import Key
 
 LINE: Mapping[Key, Any] = {"small": "-", "plain": (0, (1, 1)), "accumulated": "-", "native": (0, (4, 3)), "scaled": "-"}
@@ -34,39 +34,34 @@ class Plot:
 
 def loss_over_samples(axes: Axes, comparison: Comparison) -> None:
     """Validation loss, and the training loss behind it, over the samples seen."""
-    for result in comparison.results.values():
-        if result.course is not None:
-            _loss_curves(axes, comparison, result, result.course, lambda samples: samples)
-    axes.set(xlabel="samples", ylabel="loss")
-    thousands(axes)
-    _legend(axes)
+    _losses(axes, comparison, lambda _: float, "samples")
 
 
 def loss_over_updates(axes: Axes, comparison: Comparison) -> None:
     """The same losses over the number of updates."""
-    for result in comparison.results.values():
-        if result.course is not None:
-            updates = {n: number for number, (n, _) in enumerate(result.course.losses, 1)} | {0: 0}
-            _loss_curves(axes, comparison, result, result.course, updates.__getitem__)
-    axes.set(xlabel="updates", ylabel="loss")
-    thousands(axes)
-    _legend(axes)
+
+    def updates_of(course: Course) -> Callable[[int], float]:
+        numbers: dict[int, float] = {n: number for number, (n, _) in enumerate(course.losses, 1)}
+        return {0: 0.0, **numbers}.__getitem__
+
+    _losses(axes, comparison, updates_of, "updates")
 
 
 def loss_over_seconds(axes: Axes, comparison: Comparison) -> None:
     """The same losses over the seconds of computing that the samples take at the median speed."""
+    _losses(axes, comparison, lambda course: lambda n: n / course.samples_per_second, "seconds of computing")
+
+
+def _losses(
+    axes: Axes, comparison: Comparison, scale_of: Callable[[Course], Callable[[int], float]], xlabel: str
+) -> None:
+    """The curves of every way over what `scale_of` makes of the samples that were seen."""
     for result in comparison.results.values():
         if result.course is not None:
-            rate = result.course.samples_per_second
-            seconds = {n: n / rate for n, _ in [(0, 0.0), *result.course.losses]}
-            _loss_curves(axes, comparison, result, result.course, seconds.__getitem__)
-    axes.set(xlabel="seconds of computing", ylabel="loss")
-    _legend(axes)
-
-
-def _legend(axes: Axes) -> None:
-    """Small where there are many ways, so that it hides none of them."""
-    axes.legend(fontsize="small" if len(axes.get_legend_handles_labels()[0]) > 4 else None)
+            _loss_curves(axes, comparison, result, result.course, scale_of(result.course))
+    axes.set(xlabel=xlabel, ylabel="loss")
+    few_ticks(axes)
+    legend_below(axes)
 
 
 def _loss_curves(
@@ -103,16 +98,8 @@ def variance_by_size(axes: Axes, comparison: Comparison) -> None:
     axes.xaxis.set(major_locator=FixedLocator(sizes), minor_locator=NullLocator())
     thousands(axes)
     axes.set_ylim(min(line) / 2, max(line) * 2)
-    _plain_ticks(axes)
-    axes.legend()
-
-
-def _plain_ticks(axes: Axes) -> None:
-    """Numbers in place of powers of ten on a logarithmic y axis: 1, 2, 5, 10."""
-    low, high = axes.get_ylim()
-    ticks = [tick * 10.0**power for power in range(-12, 12) for tick in (1, 2, 5) if low <= tick * 10.0**power <= high]
-    axes.yaxis.set(major_locator=FixedLocator(ticks), minor_locator=NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    log_ticks(axes)
+    legend_below(axes)
 
 
 def noise_over_samples(axes: Axes, comparison: Comparison) -> None:
@@ -122,19 +109,21 @@ def noise_over_samples(axes: Axes, comparison: Comparison) -> None:
     scales = [point.noise_scale for point in points]
     axes.plot([point.samples for point in points], scales, color=COLOR["scaled"], marker="^", markersize=4,
               label="lr scaled, by windows")  # fmt: skip
-    known = [point for point in points if point.low > 0 and math.isfinite(point.high)]
-    low, high = [point.low for point in known], [point.high for point in known]
-    axes.fill_between([point.samples for point in known], low, high, color=COLOR["scaled"], alpha=0.2, linewidth=0)
-    end, seen = comparison.noise_scale, [*scales, *low, *high, comparison.batch_size]
+    ends = [end for point in points for end in (point.low, point.high) if 0 < end < math.inf]
+    end, seen = comparison.noise_scale, [*scales, *ends, comparison.batch_size]
     if math.isfinite(end.value) and is_clear(comparison.gradient_squared):
         seen.append(end.value)
         axes.errorbar(comparison.samples, end.value, yerr=2 * end.standard_error, color=COLOR["accumulated"],
                       marker="o", capsize=3, ls="none", label="accumulation, by draws")  # fmt: skip
+    bottom, top = min(seen) / 2, max(seen) * 2
+    # An interval without an end on one side goes to the edge.
+    low, high = [max(point.low, bottom) for point in points], [min(point.high, top) for point in points]
+    axes.fill_between([point.samples for point in points], low, high, color=COLOR["scaled"], alpha=0.2, linewidth=0)
     axes.axhline(comparison.batch_size, color=INK, linewidth=1, ls=":", label=f"batch size {comparison.batch_size}")
-    axes.set(xlabel="samples", ylabel="noise scale in samples", yscale="log", ylim=(min(seen) / 2, max(seen) * 2))
-    _plain_ticks(axes)
-    thousands(axes)
-    axes.legend(loc="lower right")
+    axes.set(xlabel="samples", ylabel="noise scale in samples", yscale="log", ylim=(bottom, top))
+    log_ticks(axes)
+    few_ticks(axes)
+    legend_below(axes)
 
 
 PLOTS: Sequence[Plot] = (
@@ -181,7 +170,7 @@ def plots_of(comparison: Comparison) -> list[Plot]:
 def inline_svg(plot: Plot, comparison: Comparison) -> str:
     """The plot as an SVG element for a page: no header, no addresses, its own ids, colours by the page's variables."""
     with rc_context({**STYLE, **_ink(), "font.size": 12}):
-        figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+        figure = Figure(figsize=(5.2, 4.0), layout="constrained")
         plot.draw(figure.subplots(), comparison)
         buffer = io.StringIO()
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -203,9 +192,10 @@ def inline_svg(plot: Plot, comparison: Comparison) -> str:
 def save_main_picture(path: Path, comparison: Comparison) -> None:
     """Loss, memory and gradient variance, or metrics, side by side in one picture, on white."""
     with rc_context({**STYLE, **_ink()}):
-        figure = Figure(figsize=(14, 4.2), layout="constrained", facecolor="white")
+        figure = Figure(figsize=(14, 4.6), layout="constrained", facecolor="white")
         chosen = [plot for plot in plots_of(comparison) if plot.name in MAIN][:3]
-        for axes, plot in zip(figure.subplots(1, len(chosen)), chosen, strict=True):
+        for part, plot in zip(figure.subfigures(1, len(chosen), squeeze=False)[0], chosen, strict=True):
+            axes = part.subplots()
             plot.draw(axes, comparison)
             axes.set_title(MAIN[plot.name])
         figure.savefig(path, dpi=120)

@@ -13,10 +13,18 @@ def bytes_text(num_bytes: float | None) -> str:
     """
     if num_bytes is None:
         return NONE
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= 0.9995 * size:
-            return f"{_three_digits(num_bytes / size)} {unit}"
-    return f"{num_bytes:.0f} B"
+    size, unit = bytes_unit(num_bytes)
+    return f"{_three_digits(num_bytes / size) if size > 1 else f'{num_bytes:.0f}'} {unit}"
+
+
+def bytes_unit(num_bytes: float) -> tuple[float, str]:
+    """The unit that so many bytes are said in: its size and its name.
+
+    >>> bytes_unit(23_456_789), bytes_unit(950)
+    ((1000000.0, 'MB'), (1.0, 'B'))
+    """
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    return next(((size, unit) for unit, size in units if num_bytes >= 0.9995 * size), (1.0, "B"))
 
 
 def counted(number: int, thing: str) -> str:

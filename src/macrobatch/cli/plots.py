@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -57,3 +58,46 @@ def save_training(folder: Path, rows: Sequence[Mapping[str, Any]], task_name: st
 def thousands(axes: Axes) -> None:
     """The x axis counts 1,000s with a comma instead of a power of ten."""
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+
+
+def legend_below(axes: Axes) -> None:
+    """The legend is below the axes, where it hides nothing; for a figure, or a part of one, that lays itself out."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure = axes.get_figure()
+    assert figure is not None
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
+
+
+def few_ticks(axes: Axes, most: int = 6) -> None:
+    """The x axis has at most so many round numbers, with commas; a long one counts in thousands (k) or millions (M)."""
+    axes.xaxis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _in_unit(value, axes.get_xlim()[1])))
+
+
+def _in_unit(value: float, largest: float) -> str:
+    """A tick of an axis up to `largest`, no longer than six characters."""
+    for unit, letter in ((1e6, "M"), (1e3, "k")):
+        if largest >= max(unit, 1e5) and value:
+            return f"{plain_number(value / unit)}{letter}"
+    return plain_number(value)
+
+
+def log_ticks(axes: Axes, most: int = 7) -> None:
+    """A logarithmic y axis has numbers in place of powers of ten: 1, 2, 5, 10, fewer of them where it is long."""
+    low, high = axes.get_ylim()
+    for steps, every in (((1, 2, 5), 1), ((1, 3), 1), ((1,), 1), ((1,), 2), ((1,), 4)):
+        powers = [tick * 10.0**power for power in range(-12, 13, every) for tick in steps]
+        ticks = [tick for tick in powers if low <= tick <= high]
+        if len(ticks) <= most:
+            break
+    axes.yaxis.set(major_locator=FixedLocator(ticks), minor_locator=NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
+
+
+def plain_number(value: float) -> str:
+    """A tick without an exponent where it is of everyday size.
+
+    >>> plain_number(12500), plain_number(0.05), plain_number(2e-6), plain_number(0)
+    ('12,500', '0.05', '2e-06', '0')
+    """
+    return f"{value:,.0f}" if abs(value) >= 1 and value == round(value) else f"{value:.3g}"

@@ -4,6 +4,7 @@ import math
 
 from macrobatch.batch_tradeoff import gain, in_samples
 from macrobatch.cli.comparison import Comparison
+from macrobatch.cli.course_words import peak_of
 from macrobatch.cli.finding import (
     CLEAR,
     EQUAL_LOSS,
@@ -100,6 +101,10 @@ def _lead(comparison: Comparison) -> str:
 
 
 def _why_not(comparison: Comparison) -> str:
+    scaled = course_of(comparison, "scaled")
+    overfitted = None if scaled is None else peak_of(scaled)
+    if overfitted is not None and overfitted.training_fell:
+        return f"It overfitted: its lowest loss was {overfitted.loss:.3f}, after {overfitted.samples:,} samples. "
     if comparison.is_coupled:
         return ""  # what is to be said is among the cautions
     scale, large = comparison.noise_scale, comparison.batch_size
