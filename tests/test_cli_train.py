@@ -381,8 +381,7 @@ def test_a_mistake_is_named_before_any_work_and_leaves_nothing(
     said = run(*LINE, *options, "--output", tmp_path / "run", code=2)
     assert message in " ".join(said.replace("│", " ").split())
     assert "Traceback" not in said
-    if "own_tasks:bare_token_mean" not in options:  # this one is only found when the first window runs
-        assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
@@ -548,9 +547,26 @@ def test_data_that_take_their_time_come_after_every_check(options: list[str], me
     said = " ".join(run(*task, "--output", tmp_path / "run", *options, code=2).replace("│", " ").split())
     assert message in said
     assert not PREPARED
-    said = run(*task, "--output", tmp_path / "run")  # the control
+
+
+def test_data_are_prepared_before_the_first_update_and_once(tmp_path: Path) -> None:
+    PREPARED.clear()
+    said = run("--task", "test_cli_train:slow_data", "--steps", 2, "--output", tmp_path / "run")
     assert [done for done, _ in PREPARED] == [1, 2, 3]
-    assert "preparing the data" in said
+    assert said.index("preparing the data") < said.index("finished")
+
+
+def interrupted() -> Task:
+    def prepare(tell: Any) -> None:
+        raise KeyboardInterrupt
+
+    return replace(line(), prepare=prepare)
+
+
+def test_ctrl_c_while_data_are_prepared_says_that_nothing_was_written(tmp_path: Path) -> None:
+    said = run("--task", "test_cli_train:interrupted", "--output", tmp_path / "run", code=130)
+    assert "interrupted: nothing was written" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_preparation_of_data_shows_how_far_it_is_and_how_long_it_takes() -> None:

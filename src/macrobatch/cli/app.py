@@ -18,7 +18,7 @@ from macrobatch.cli.preparing import busy
 from macrobatch.cli.runfiles import new_folder, release
 from macrobatch.memory import parse_bytes
 from macrobatch.scaling_rules import RuleName
-from macrobatch.tasks import load_task, parse_task_option, task_names
+from macrobatch.tasks import Task, load_task, parse_task_option, task_names
 
 app = typer.Typer(
     name="macrobatch",
@@ -189,8 +189,9 @@ def train(
         seed=seed,
     )
     with _command(output or Path("runs") / _folder_name(task), threads) as (console, folder):
-        with busy(console, f"loading {task}"):
-            run = Run(load_task(task, seed=seed, **dict(task_option or [])), options)
+        loaded = _loaded(console, task, task_option, seed)
+        with busy(console, "planning"):
+            run = Run(loaded, options)
         code = train_run(run, folder, console)
     raise typer.Exit(code)
 
@@ -258,9 +259,12 @@ def plan(
 
     options = PlanOptions(batch_size=batch_size, max_memory=max_memory, precision=precision, device=device, seed=seed)
     with _command(output or Path("runs") / f"plan-{_folder_name(task)}", threads) as (console, folder):
-        with busy(console, f"loading {task}"):
-            loaded = load_task(task, seed=seed, **dict(task_option or []))
-        plan_task(loaded, options, folder, console)
+        plan_task(_loaded(console, task, task_option, seed), options, folder, console)
+
+
+def _loaded(console: Console, name: str, options: list[Any] | None, seed: int) -> Task:
+    with busy(console, f"loading {name}"):
+        return load_task(name, seed=seed, **dict(options or []))
 
 
 def _folder_name(task: str) -> str:
@@ -279,7 +283,8 @@ def _command(wanted: Path, threads: int | None = None) -> Iterator[tuple[Console
         try:
             yield console, folder
         except KeyboardInterrupt:
-            kept = f"what was written is in {folder}" if any(folder.iterdir()) else "nothing was written"
+            written = any(not path.name.startswith(".") for path in folder.iterdir())  # all but the mark of its run
+            kept = f"what was written is in {folder}" if written else "nothing was written"
             mistakes.print(f"interrupted: {escape(kept)}", soft_wrap=True)
             raise typer.Exit(130) from None
         finally:
