@@ -384,6 +384,14 @@ def test_a_mistake_is_named_before_any_work_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("command", ["train", "compare", "plan", "noise"])
+def test_the_help_shows_what_an_option_is_where_it_is_not_given(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    said = " ".join(CliRunner().invoke(app, [command, "--help"], terminal_width=300).output.split())
+    for shown in ("[the task's]", "[torch's]", "[runs/TASK]"):
+        assert shown in said
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
     said = run(*LINE, "--device", "cuda", "--output", tmp_path / "run", code=2)

@@ -221,6 +221,12 @@ def test_sizes_that_no_model_can_have_are_errors() -> None:
         load_task("code-lm", num_layers=0)
     with pytest.raises(ValueError, match="validation_share must be between 0 and 1"):
         load_task("digits", validation_share=1.0)
+    with pytest.raises(ValueError, match=r"momentum must be at least 0, got -1\.0"):
+        load_task("digits", momentum=-1.0)
+    with pytest.raises(ValueError, match=r"weight_decay must be at least 0, got -0\.1"):
+        load_task("code-lm", weight_decay=-0.1)
+    with pytest.raises(ValueError, match="dropout must be at least 0 and below 1, got 2"):
+        load_task("embeddings", dropout=2)
 
 
 # ---- digits

@@ -65,12 +65,17 @@ def _one_of(kind: Any) -> Callable[[str], str]:
     return choice
 
 
+def _option(help_text: str, *names: str, parser: Callable[[str], Any] | None = None, metavar: str | None = None) -> Any:
+    """An option whose help is shown as it is written: `[the task's]` would be a style to rich, and not be seen."""
+    return typer.Option(*names, parser=parser, metavar=metavar, help=escape(help_text))
+
+
 def _choice(kind: Any, help_text: str) -> Any:
-    return typer.Option(parser=_one_of(kind), metavar="|".join(get_args(kind)), help=help_text)
+    return _option(help_text, parser=_one_of(kind), metavar="|".join(get_args(kind)))
 
 
 def _count(least: int, help_text: str) -> Any:
-    return typer.Option(parser=_at_least(least), metavar="N", help=help_text)
+    return _option(help_text, parser=_at_least(least), metavar="N")
 
 
 def _above_zero(text: str) -> float:
@@ -102,7 +107,7 @@ MaxMemory = Annotated[
 ]
 PrecisionName = Annotated[setup.Precision, _choice(setup.Precision, "Of matrix products; weights stay fp32.")]
 LearningRate = Annotated[
-    float | None, typer.Option("--lr", parser=_above_zero, metavar="RATE", help="Learning rate.  [the task's]")
+    float | None, _option("Learning rate.  [the task's]", "--lr", parser=_above_zero, metavar="RATE")
 ]
 Samples = Annotated[int | None, _count(1, "Train on this many samples.")]
 Seed = Annotated[int, _count(0, "Of initial weights and of the order of samples.")]
@@ -110,7 +115,7 @@ DeviceName = Annotated[setup.Device, _choice(setup.Device, "Where to compute.")]
 Threads = Annotated[int | None, _count(1, "Threads of a CPU; fewer where other programs are at work.  [torch's]")]
 Output = Annotated[
     Path | None,
-    typer.Option(help="A new folder for the results; if it holds something, NAME-2 and so on.  [runs/TASK]"),
+    _option("A new folder for the results; if it holds something, NAME-2 and so on.  [runs/TASK]"),
 ]
 
 
@@ -121,9 +126,7 @@ BatchSchedule = Annotated[
 ]
 MicroBatchSize = Annotated[
     Any,
-    typer.Option(
-        parser=_micro_batch_size, metavar="N|auto", help="Samples in memory at once.  [auto: the fastest that fits]"
-    ),
+    _option("Samples in memory at once.  [auto: the fastest that fits]", parser=_micro_batch_size, metavar="N|auto"),
 ]
 BaseBatchSize = Annotated[int | None, _count(1, "The batch size that the learning rate was tuned for.")]
 ScalingRule = Annotated[RuleName, _choice(RuleName, "How hyperparameters follow the batch; auto fits the optimizer.")]
@@ -203,7 +206,7 @@ def compare(
     batch_size: BatchSize = None,
     micro_batch_size: Annotated[
         Any,
-        typer.Option(parser=_micro_batch_size, metavar="N|auto", help="Samples in memory at once.  [the task's]"),
+        _option("Samples in memory at once.  [the task's]", parser=_micro_batch_size, metavar="N|auto"),
     ] = None,
     max_memory: MaxMemory = None,
     lr: LearningRate = None,

@@ -33,6 +33,8 @@ def code_lm(
     `root`: the folder of Python files to learn from; the standard library's own where not given.
     """
     _check_sizes(d_model=d_model, num_layers=num_layers, num_heads=num_heads, context=context)
+    if not weight_decay >= 0:
+        raise ValueError(f"code-lm: weight_decay must be at least 0, got {weight_decay}")
     folder = Path(root) if root is not None else Path(sysconfig.get_paths()["stdlib"])
     train, validation, num_files = _read_source(folder, context)
     layers = "1 layer" if num_layers == 1 else f"{num_layers} layers"

@@ -15,6 +15,8 @@ def digits(*, width: int = 16, momentum: float = 0.9, validation_share: float = 
     """The task: name the digit. BatchNorm couples the samples of a micro-batch: its size is part of the model."""
     if width < 1:
         raise ValueError(f"digits: width must be at least 1, got {width}")
+    if not momentum >= 0:
+        raise ValueError(f"digits: momentum must be at least 0, got {momentum}")
     if not 0 < validation_share < 1:
         raise ValueError(f"digits: validation_share must be between 0 and 1, got {validation_share}")
     images, labels = _load_images()

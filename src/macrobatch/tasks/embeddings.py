@@ -40,6 +40,8 @@ def embeddings(*, frozen_layers: int = 4, max_tokens: int = 32, dropout: float =
         raise ValueError(f"embeddings: frozen_layers must be between 0 and 5 of the model's 6, got {frozen_layers}")
     if max_tokens < 3:
         raise ValueError(f"embeddings: max_tokens must be at least 3, two of which are marks, got {max_tokens}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"embeddings: dropout must be at least 0 and below 1, got {dropout}")
     folder = Path(root) if root is not None else Path(sysconfig.get_paths()["stdlib"])
     train, held_out = pairs_of(folder, source_files(folder) if folder.is_dir() else [])
     if not train or not held_out:
