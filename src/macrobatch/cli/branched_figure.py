@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from macrobatch.cli.plots import STYLE, thousands
+from macrobatch.cli.plots import STYLE, few_ticks, thousands
 
 if TYPE_CHECKING:
     from macrobatch.cli.branches import Branches
@@ -37,7 +37,7 @@ def _draw_courses(axes: Axes, found: "Branches") -> None:
         color = colors(0.9 * number / max(len(found.branches) - 1, 1))
         axes.plot(samples, losses, color=color, marker="o", markersize=4, label=f"batch {branch.batch_size:,}")
     axes.set(xlabel="samples in the branch", ylabel=f"loss over the last {found.branches[-1].batch_size:,} samples")
-    thousands(axes)
+    few_ticks(axes)
     axes.legend()
 
 

@@ -40,6 +40,7 @@ def _against_gathered(comparison: Comparison, key: Key, titles: Mapping[int, str
     difference = loss_difference(comparison, key, "accumulated")
     losses = f"{one.final.loss:.4f} against {gathered.final.loss:.4f} (difference {difference.text}"
     losses += f"){difference.range}." if not difference.sign else ")."
+    losses += metrics_text(comparison, key, "accumulated")
     return Finding(titles[difference.sign], text(comparison, one, gathered, losses))
 
 
@@ -49,17 +50,16 @@ def _of_plain(comparison: Comparison, _: Course, gathered: Course, losses: str) 
         f"are compared with one another; gathered accumulation compares the {comparison.batch_size} of the whole "
         f"update, as the native batch does."
         f"{_gradient(comparison)} Held-out loss over {gathered.final.num_samples:,} samples at once after the same "
-        f"{comparison.samples:,}: {losses}{metrics_text(comparison, 'plain', 'accumulated')}{_before(comparison)}"
+        f"{comparison.samples:,}: {losses}{_before(comparison)}"
     )
 
 
 def _of_small(comparison: Comparison, small: Course, large: Course, losses: str) -> str:
     return (
-        f"Small batch against gathered accumulation: held-out loss {losses}"
-        f"{metrics_text(comparison, 'small', 'accumulated')} It "
-        f"made {len(small.update_seconds):,} updates for {len(large.update_seconds):,}, each of a loss that compares "
-        f"{_compared(comparison, 'small')} samples instead of {comparison.batch_size}. The two differ in their loss, "
-        "in their number of updates and in the rate that suits them; which of these it was, one rate does not tell."
+        f"Small batch against gathered accumulation: held-out loss {losses} It made {len(small.update_seconds):,} "
+        f"updates for {len(large.update_seconds):,}, each of a loss that compares {_compared(comparison, 'small')} "
+        f"samples instead of {comparison.batch_size}. The two differ in their loss, in their number of updates and in the "
+        "rate that suits them; which of these it was, one rate does not tell."
     )
 
 
