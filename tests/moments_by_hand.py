@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from macrobatch.moments import GradientMoments
 from macrobatch.report import Report
+from macrobatch.tally import Means, Record
 
 
 def float64(value: float | Tensor) -> Tensor:
@@ -32,12 +33,8 @@ def report_of(
 ) -> Report:
     """A window's Report that holds no more than these."""
     return Report(
-        loss=torch.tensor(0.0),
-        loss_weight=torch.tensor(1.0),
-        metrics={},
-        sample_count=sum(micro_batch_sizes),
-        micro_batch_sizes=tuple(micro_batch_sizes),
-        loss_weights=tuple(micro_batch_sizes),
+        records=[Record(n, {}, 1, {}, n) for n in micro_batch_sizes],
+        means=lambda: Means(0.0, 1.0, {}, sum(micro_batch_sizes), torch.device("cpu")),
         parameters=tuple(parameters),
         moments=moments,
         mean_squares=None if mean_squares is None else tuple(mean_squares),

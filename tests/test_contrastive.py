@@ -375,6 +375,16 @@ def test_a_temperature_of_the_loss_gets_its_gradient_once() -> None:
         assert any(p is loss_fn.log_scale for p in report.parameters)
 
 
+def test_a_temperature_of_the_loss_in_no_optimizer_is_warned_of_by_name() -> None:
+    model, batch = case()
+    pair = lambda m, b: (m.left(b["x"]), m.right(b["y"]))  # noqa: E731
+    report = mb.GatheredAccumulator(model, pair, InfoNCE(), micro_batch_size=4).run(batch)
+    with pytest.warns(
+        UserWarning, match=r"in no optimizer given \('loss_fn\.log_scale' of InfoNCE, shape \(\)\): they stay"
+    ):
+        mb.apply_update(torch.optim.SGD(model.parameters(), lr=0.1), report)
+
+
 def test_several_models_and_a_frozen_one_in_any_structure_of_outputs() -> None:
     _, batch = case()
     student, teacher, head = (nn.Linear(5, 6).double() for _ in range(3))

@@ -227,7 +227,7 @@ def test_two_failures_in_one_window_leave_the_gradient_exact(monkeypatch: pytest
         assert report.retries == mode.failures
         twice += mode.failures == 2
         assert difference(gradients(model), expected) <= 1e-12, pair
-    assert twice > 150
+    assert twice > 60
 
 
 def test_random_numbers_after_a_recovered_window_are_those_of_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +246,40 @@ def test_random_numbers_after_a_recovered_window_are_those_of_its_parts(monkeypa
     run_with_failures(accumulator, batch, {60}, monkeypatch)
     assert torch.equal(drawn[0], first)
     assert torch.equal(drawn[1], first[:2])  # the half that follows the failure draws what the failed one drew
+
+
+def test_a_window_that_draws_where_the_first_did_not_runs_again_from_its_own_beginning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, batch, _ = fresh("plain")
+    drawn: list[torch.Tensor] = []
+    draws = False
+
+    def perhaps_noisy(m: nn.Module, b: Batch) -> tuple[torch.Tensor, int]:
+        drawn.append(torch.rand(len(b[0])) if draws else torch.ones(len(b[0])))
+        return (m(b[0]).sum((1, 2)) * drawn[-1]).sum(), len(b[0])
+
+    accumulator = mb.Accumulator(model, perhaps_noisy, micro_batch_size=4)
+    late = count_operations(accumulator, model, batch, monkeypatch).count * 3 // 4
+    draws = True  # as a model that was evaluated and then trains
+
+    def sizes_run() -> tuple[int, ...]:
+        clear(model)
+        drawn.clear()
+        accumulator._limit = mb.sizing.SizeLimit(4)
+        torch.manual_seed(5)
+        report, _ = run_with_failures(accumulator, batch, {late}, monkeypatch)
+        assert report.retries == 1
+        return report.micro_batch_sizes
+
+    sizes = sizes_run()
+    assert max(sizes) == 2  # the whole window in halves: where the failed micro-batch began was not remembered
+    mine, noise = gradients(model), drawn[-len(sizes) :]
+    torch.manual_seed(5)  # what was drawn before the failure is drawn again
+    assert all(torch.equal(once, torch.rand(n)) for once, n in zip(noise, sizes, strict=True))
+    whole = reference(model, lambda: (model(batch[0]).sum((1, 2)) * torch.cat(noise)).mean())
+    assert difference(mine, whole) <= 1e-12
+    assert sizes_run()[0] == 4  # from then on it is remembered, and what was run before the failure stays
 
 
 def test_a_single_sample_that_does_not_fit_is_an_error_with_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,7 +463,8 @@ def test_after_a_recovered_failure_no_memory_is_kept() -> None:
         clear(model)
         assert report.retries > 0
         del report
-        assert meter.live <= before + 64  # a few scalars of the last report
+        random = torch.get_rng_state().nbytes  # the window's, which the meter sees only once it is compared
+        assert meter.live <= before + random + 64  # and a few scalars of the last report
 
 
 def failing_above(largest: int) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:

@@ -427,14 +427,27 @@ def test_a_temperature_in_no_optimizer_stays_as_it_is_and_is_warned_of_once_for_
     (warning,) = caught
     assert warning.filename == __file__, "it names the line that calls apply_update"
     assert re.search(
-        r"^1 of the 5 parameters that .* are in no optimizer given, the first of them of shape \(1, 1\): they stay .*"
-        r"apply_update\(\[first, second\], report\), .* or frozen= of the Accumulator$",
+        r"^1 of the 5 parameters that .* are in no optimizer given \('log_scale' of Tempered, shape \(1, 1\)\): they "
+        r"stay .* apply_update\(\[first, second\], report\), .* or frozen= of the Accumulator$",
         str(warning.message),
     )
     assert loss_fn.log_scale.detach() == 0
     optimizer.add_param_group({"params": loss_fn.parameters()})
     mb.apply_update(optimizer, runner.run(data()))  # where a warning would be an error
     assert loss_fn.log_scale.detach() != 0, "the control: held by the optimizer it is trained"
+
+
+def test_of_many_parameters_in_no_optimizer_the_first_three_are_named_as_the_model_names_them() -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 2), torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    )
+    report = mb.Accumulator(model, lambda m, b: m(b).mean(), micro_batch_size=2).run(torch.ones(4, 3))
+    told = (
+        r"^4 of the 6 parameters .* in no optimizer given \('1\.0\.weight' of Linear, shape \(2, 2\); '1\.0\.bias' of "
+        r"Linear, shape \(2,\); '1\.1\.weight' of Linear, shape \(1, 2\); \.\.\.\): they stay"
+    )
+    with pytest.warns(UserWarning, match=told):
+        mb.apply_update(SGD(model[0].parameters(), lr=0.1), report)
 
 
 def test_the_warning_comes_before_anything_is_changed() -> None:
@@ -541,7 +554,9 @@ def test_an_optimizer_of_other_parameters_is_refused() -> None:
     model, other = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
     report = mb.Accumulator(model, lambda m, b: m(b).mean(), micro_batch_size=2).run(torch.ones(4, 3))
     with pytest.raises(
-        ValueError, match="the optimizer holds 2 parameters, none of the 2 that this window has gradients"
+        ValueError,
+        match=r"the optimizer holds 2 parameters, none of the 2 that this window has gradients for "
+        r"\('weight' of Linear, shape \(1, 3\); 'bias' of Linear, shape \(1,\)\): it would change nothing",
     ):
         mb.apply_update(torch.optim.SGD(other.parameters(), lr=0.1), report)
 

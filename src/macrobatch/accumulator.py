@@ -25,6 +25,7 @@ from macrobatch.auto_size import AutoSize, refuse_coupled
 from macrobatch.batch import Cut, NumSamples, Window
 from macrobatch.coupling import CHOICES
 from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks
+from macrobatch.engine import direct_engine
 from macrobatch.gradients import WindowGradients, multiply_
 from macrobatch.grouping import Windows
 from macrobatch.measuring import Measure, check_measure
@@ -33,7 +34,7 @@ from macrobatch.recovery import Recovery, RunAgain
 from macrobatch.report import Report
 from macrobatch.searching import begin_search
 from macrobatch.seeds import Learned
-from macrobatch.state import Moment, buffer_slots, buffer_slots_of
+from macrobatch.state import Beginnings, buffer_slots, buffer_slots_of
 from macrobatch.structure import Nested
 from macrobatch.tally import CountFn
 from macrobatch.unscaling import Unscaler
@@ -93,6 +94,7 @@ class Accumulator:
         overlap: bool = True,
     ) -> None:
         check_loss_fn(loss_fn)
+        direct_engine()  # known before anything runs
         self.model = model
         self.loss_fn = loss_fn
         self._measure = check_measure(measure)
@@ -100,7 +102,7 @@ class Accumulator:
         self._limit = self._way.limit(micro_batch_size, max_memory)
         self._max_memory = max_memory
         self._modules = modules_of(model) + ([loss_fn] if isinstance(loss_fn, nn.Module) else [])
-        self._window_start, self._micro_batch_start = Moment(), Moment()
+        self._beginnings = Beginnings()
         self._frozen = modules_of(frozen)
         self._unscaler = Unscaler(scaler)
         where = None if device is None else torch.device(device)
@@ -145,7 +147,7 @@ class Accumulator:
                     gradients.restart()
                     recovery.restart()
                 pass_.agree_on_exponent()
-                pass_.settle()
+                pass_.settle(can_wait=True)
                 sums = gradients.sums()
                 for group, share in reduction.finish(gradients.parameters, sums):
                     self._unscaler.unscale_(group)
@@ -153,8 +155,10 @@ class Accumulator:
             pass_.measured(sums)
             gradients.finish(sums)
             report = pass_.report(recovery.retries)
+        if not self._learned.has_run:
+            self._beginnings.learn()
         self._learned.has_run = True
-        self._limit.window_ended(max(report.micro_batch_sizes, default=0), report.retries)
+        self._limit.window_ended(max((record.num_samples for record in report.records), default=0), report.retries)
         recovery.log()
         return report
 
@@ -182,8 +186,7 @@ class Accumulator:
 
     def _recovery(self, pass_: WindowPass, walked: list[nn.Module] | None = None) -> Recovery:
         slots = buffer_slots(self._everything) if walked is None else buffer_slots_of(walked)
-        buffers = slots, self._window_start, self._micro_batch_start
-        return Recovery(pass_.parameters, *buffers, self._limit, pass_.device, self._cut)
+        return Recovery(pass_.parameters, slots, self._beginnings, self._limit, pass_.device, self._cut)
 
     def _agree_on_window(self, batch: Nested, ranks: Ranks) -> tuple[Window, bool]:
         """The window to run, and whether every rank has a micro-batch. Bad input on one rank raises on all of them."""

@@ -105,7 +105,7 @@ class GatheredAccumulator(Accumulator):
             process_group=process_group,
         )
         self._gathered = GatheredRecipe(
-            encode, loss_fn, self._measure, cut, self._limit, self._micro_batch_start, Replay(), random_of(rng, cut)
+            encode, loss_fn, self._measure, cut, self._limit, self._beginnings, Replay(), random_of(rng, cut)
         )
         self._graphs = _graph_limit(keep_graphs)
         self._budget = max_memory

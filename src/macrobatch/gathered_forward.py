@@ -15,7 +15,7 @@ from macrobatch.distributed import GradientReduction
 from macrobatch.gathering import Outputs, joined, outputs_of
 from macrobatch.recovery import Attempt, Recovery, is_out_of_memory
 from macrobatch.replay import Beginning, Replay
-from macrobatch.state import Moment
+from macrobatch.state import Beginnings
 from macrobatch.structure import Nested
 from macrobatch.window_pass import Recipe
 
@@ -70,7 +70,7 @@ class FirstForwards:
     """
 
     def __init__(
-        self, encoder: Encoder, replay: Replay, random: Random, moment: Moment, device: torch.device | None
+        self, encoder: Encoder, replay: Replay, random: Random, beginnings: Beginnings, device: torch.device | None
     ) -> None:
         self.encoder = encoder
         self.replay = replay
@@ -78,7 +78,7 @@ class FirstForwards:
         self.pieces: list[Piece] = []
         self.num_let_go = 0
         self._random = random
-        self._moment = moment  # remembered before each attempt by the recovery
+        self._beginnings = beginnings  # remembered before each attempt by the recovery
         self._device = device
 
     def run(self, window: Window, keep: int, recovery: Recovery, reduction: GradientReduction) -> None:
@@ -94,7 +94,7 @@ class FirstForwards:
                 reduction.announce(False, is_retry=recovery.retries > 0)
                 piece = self._piece(forward, attempt, source, keeps)
                 if piece is None:  # the error is gone, and with it what it held; so are the kept graphs
-                    self._moment.restore()
+                    self._beginnings.return_to_micro_batch()
                     piece = self._piece(forward, attempt, source, keeps)
                 assert piece is not None
                 self.pieces.append(piece)

@@ -22,7 +22,8 @@ from macrobatch.recovery import Recovery, RunAgain
 from macrobatch.replay import Replay
 from macrobatch.report import Report
 from macrobatch.sizing import SizeLimit
-from macrobatch.state import Moment, RandomState, buffer_slots
+from macrobatch.state import Beginnings, RandomState, buffer_slots
+from macrobatch.tally import Means, Record
 from macrobatch.window_pass import WindowPass
 
 T = TypeVar("T")
@@ -30,14 +31,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class GatheredRecipe:
-    """How every window of a gathered accumulator is run. `moment`: where its recovery remembers each attempt."""
+    """How every window of a gathered accumulator is run. `beginnings`: where its recovery remembers each attempt."""
 
     encode: Encode
     loss_fn: GatheredLoss
     measure: Measure | None
     cut: Cut | None
     limit: SizeLimit
-    moment: Moment
+    beginnings: Beginnings
     replay: Replay
     random: Random
 
@@ -55,7 +56,7 @@ class GatheredWindow:
         self._reduction = reduction
         self._keep = keep
         self._encoder = Encoder(pass_.recipe, recipe.encode, pass_.home)
-        self._first = FirstForwards(self._encoder, recipe.replay, recipe.random, recipe.moment, pass_.device)
+        self._first = FirstForwards(self._encoder, recipe.replay, recipe.random, recipe.beginnings, pass_.device)
         self._loss: WindowLoss | None = None
         self._measurement = None if recipe.measure is None else Measurement(recipe.measure, pass_.ranks, pass_.home)
         self._measured: list[int] = []  # positions of the pieces in the order in which they were measured
@@ -133,7 +134,7 @@ class GatheredWindow:
             self._first, loss.gradients, self._pass.learned, self._pass.parameters, self._reduction, self._recipe.cut
         )
         device, limit = self._pass.device, self._recipe.limit
-        recovery = Recovery(self._pass.parameters, [], Moment(), Moment(), limit, device, backwards.cut)
+        recovery = Recovery(self._pass.parameters, [], Beginnings(), limit, device, backwards.cut)
         step = self._first.rows.around(backwards.step, rows_of)
         stopwatch = limit.stopwatch(self._pass.home)
         try:
@@ -175,20 +176,18 @@ class GatheredWindow:
         assert self._loss is not None
         moments, mean_squares = self._moments(sums)
         sizes = [size for piece in self._first.pieces for size in piece.sizes or [piece.num_samples]]
-        weight = torch.tensor(float(self._loss.num_samples), dtype=torch.float64, device=self._pass.home)
+        n = self._loss.num_samples
+        means = Means(self._loss.value, float(n), {}, n, self._pass.home)
         return Report(
-            loss=self._loss.value,
-            loss_weight=weight,
-            metrics={},
-            sample_count=self._loss.num_samples,
-            micro_batch_sizes=tuple(sizes),
-            loss_weights=tuple(float(size) for size in sizes),
+            records=[Record(size, {}, 1, {}, float(size)) for size in sizes],
+            means=lambda: means,
             parameters=tuple(self._pass.parameters),
             retries=self._recovery.retries + self._retries + self._first.num_let_go,
             moments=moments,
             mean_squares=mean_squares,
             scaler=self._pass.recipe.unscaler.scaler,
             process_group=self._ranks.group,
+            modules=self._pass.recipe.modules,
         )
 
     def _together(self, action: Callable[[], T]) -> T:

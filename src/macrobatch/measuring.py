@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from macrobatch.devices import is_cuda
 from macrobatch.distributed import Ranks
 from macrobatch.gradients import norm_of
 from macrobatch.moments import GradientMoments
@@ -50,7 +51,7 @@ class Measurement:
         """The gradients of one micro-batch of `weight` loss terms and `num_samples` samples are measured."""
         norm = norm_of(gradients)
         # On the CPU a number is read without waiting, and spares the heap a small tensor between large ones.
-        self._norms.append(norm.item() if norm.device.type == "cpu" else norm)
+        self._norms.append(norm.item() if norm.is_cpu else norm)
         self._weights.append(weight)
         self._sizes.append(num_samples)
         if self._with_squares and known(weight) != 0:
@@ -109,7 +110,7 @@ class Measurement:
 
     def _moved(self, values: Tensor) -> Tensor:
         """On the device, without waiting for it: a plain copy from the host would."""
-        return values.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else values
+        return values.pin_memory().to(self._device, non_blocking=True) if is_cuda(self._device) else values
 
     def _unit(self, factor: float | Tensor, loss_scale: Tensor) -> Tensor:
         return as_scalar(factor, self._device).double() / loss_scale.to(self._device).double()

@@ -114,11 +114,16 @@ def _unit(name: str) -> int | None:
 
 
 def _checked_device(device: Device) -> torch.device:
-    checked = torch.device("cpu" if device is None else device)
+    try:
+        checked = torch.device("cpu" if device is None else device)
+    except RuntimeError:
+        raise ValueError(f"device={device!r} is no device of torch's: give 'cpu' or 'cuda'") from None
     if checked.type not in ("cpu", "cuda"):
-        raise ValueError(f"memory is measured on cpu and cuda devices, got {checked}")
+        raise ValueError(f"memory is measured on cpu and cuda devices, got {checked}: leave device out for the CPU's")
     if checked.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {checked} was asked for, and torch sees no CUDA device here")
+        raise ValueError(
+            f"device {checked} was asked for, and torch sees no CUDA device here: leave device out for the CPU's"
+        )
     if checked.type == "cuda":
         torch.cuda.init()  # without it the allocator has no statistics yet
         checked = torch.device("cuda", torch.cuda.current_device() if checked.index is None else checked.index)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from macrobatch.batch import Cut, cut_batch
 from macrobatch.gradients import shares_storage
 from macrobatch.sizing import SizeLimit
-from macrobatch.state import Moment, Slot
+from macrobatch.state import Beginnings, Slot
 from macrobatch.structure import Nested, even_sizes
 
 logger = logging.getLogger("macrobatch")
@@ -26,7 +26,7 @@ class RunAgain(Exception):
     """A micro-batch failed in a way that cannot be mended in place."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Attempt:
     """One try at a micro-batch, or at a part of one that failed.
 
@@ -56,22 +56,18 @@ class Recovery:
         self,
         parameters: Sequence[nn.Parameter],
         slots: list[Slot],
-        window_start: Moment,
-        micro_batch_start: Moment,
+        beginnings: Beginnings,
         limit: SizeLimit,
         device: torch.device | None,
         own_cut: Cut | None,
     ) -> None:
         self._parameters = parameters
-        self._window_start = window_start
-        self._micro_batch_start = micro_batch_start
+        self._beginnings = beginnings
         self._limit = limit
         self._device = device
         self._own_cut = own_cut
         self.retries = 0
-        window_start.watch(slots)
-        micro_batch_start.watch(slots)
-        self._window_start.remember(device)
+        beginnings.window(slots, device)
 
     def run(self, micro_batch: Nested, num_samples: int, is_last: bool, step: Callable[[Attempt], None]) -> None:
         """The micro-batch has been run, whole or in parts: `step` has succeeded for each part.
@@ -85,8 +81,8 @@ class Recovery:
             if self._limit.current is not None and attempt.num_samples > self._limit.current:
                 pending.extend(self._parts(attempt, self._limit.current))
                 continue
-            before = [(p.grad, None if p.grad is None else p.grad._version) for p in self._parameters]
-            self._micro_batch_start.remember(self._device)
+            before = [(g := p.grad, None if g is None else g._version) for p in self._parameters]
+            self._beginnings.micro_batch()
             message = ""
             try:
                 step(attempt)
@@ -96,22 +92,24 @@ class Recovery:
                 message = str(error).split("\n")[0] or "no memory left"
             if not message:
                 continue
-            self._undo_forward()  # here the error is gone, and with its traceback the graph: their memory is free again
+            is_undone = self._undo_forward()  # the error is gone, and with its traceback the graph: memory is free
             self.retries += 1
             if attempt.has_communicated:
                 raise torch.OutOfMemoryError(_communicating_message(message)) from None
             if attempt.num_samples == 1:
                 raise torch.OutOfMemoryError(_single_sample_message(message)) from None
             self._limit.failed(attempt.num_samples)
+            if not is_undone:
+                raise RunAgain
             attempt.inputs = self._undone(attempt, before)
             pending.append(attempt)
 
-    def _undo_forward(self) -> None:
-        """Random numbers and buffers are as before the micro-batch, and what was freed can be used again."""
+    def _undo_forward(self) -> bool:
+        """What was freed can be used again, and random numbers and buffers are as before; False if they cannot be."""
         gc.collect()
         if self._device is not None and self._device.type == "cuda":
             torch.cuda.empty_cache()
-        self._micro_batch_start.restore()
+        return self._beginnings.return_to_micro_batch()
 
     def _undone(self, attempt: Attempt, before: list[tuple[Tensor | None, int | None]]) -> list[nn.Parameter] | None:
         """The parameters that the failed backward has not reached; None if it did not start, RunAgain if unknown."""
@@ -140,7 +138,7 @@ class Recovery:
 
     def restart(self) -> None:
         """Random numbers and buffers are as before the window's first micro-batch."""
-        self._window_start.restore()
+        self._beginnings.return_to_window()
 
     def log(self) -> None:
         """One line, if anything failed: what, and with what size it goes on."""

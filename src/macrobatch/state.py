@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 
+from macrobatch.devices import is_cuda
 from macrobatch.modules import submodules
 
 Slot = tuple[nn.Module, str]  # a module and the name of a buffer of it
@@ -17,7 +18,7 @@ class RandomState:
     """torch's random numbers on the CPU and, for a CUDA `device`, there; without a host sync."""
 
     def __init__(self, device: torch.device | None = None) -> None:
-        self._cuda = device if device is not None and device.type == "cuda" else None
+        self._cuda = device if device is not None and is_cuda(device) else None
         self._cpu_state = torch.default_generator.get_state()
         self._cuda_state = None if self._cuda is None else torch.cuda.get_rng_state(self._cuda)
 
@@ -36,28 +37,55 @@ class RandomState:
             torch.cuda.set_rng_state(self._cuda_state, self._cuda)
 
 
-class Moment:
-    """Random numbers and buffers at one moment: `remember` it, as often as wanted, then `restore` the last one."""
+class Beginnings:
+    """Where a window and its present micro-batch began: random numbers and buffers, to return to.
+
+    Random numbers take 5 kB for each micro-batch. A forward that draws none leaves them as the window found them, so
+    once a window was seen to draw none (`learn`) they are remembered for windows only.
+    """
 
     def __init__(self) -> None:
-        self._buffers = Buffers()
-        self._random: RandomState | None = None
+        self._window, self._micro_batch = Buffers(), Buffers()
+        self._window_random: RandomState | None = None
+        self._micro_batch_random: RandomState | None = None
+        self._device: torch.device | None = None
+        self._draws = True
 
-    def watch(self, slots: list[Slot]) -> None:
-        """These buffers are those to remember, from `buffer_slots`; called once for each window."""
-        self._buffers.watch(slots)
+    def window(self, slots: list[Slot], device: torch.device | None) -> None:
+        """A window begins here; its buffers are those of `slots`, from `buffer_slots`."""
+        self._device = device
+        self._window_random, self._micro_batch_random = RandomState(device), None
+        self._window.watch(slots)
+        self._micro_batch.watch(slots)
+        if slots:
+            self._window.remember()
 
-    def remember(self, device: torch.device | None) -> None:
-        """The present is what `restore` brings back."""
-        self._random = RandomState(device)
-        if self._buffers.slots:
-            self._buffers.remember()
+    def micro_batch(self) -> None:
+        """A micro-batch begins here."""
+        if self._draws:
+            self._micro_batch_random = RandomState(self._device)
+        if self._micro_batch.slots:
+            self._micro_batch.remember()
 
-    def restore(self) -> None:
-        """Random numbers and buffers are as when last remembered."""
-        if self._random is not None:
-            self._random.restore()
-            self._buffers.restore()
+    def learn(self) -> None:
+        """The window is at its end: whether it drew random numbers is known for those that follow."""
+        self._draws = self._window_random is None or not self._window_random.is_present()
+
+    def return_to_micro_batch(self) -> bool:
+        """All is as where the micro-batch began; False if random numbers were drawn against expectation."""
+        if self._micro_batch_random is not None:
+            self._micro_batch_random.restore()
+        elif self._window_random is not None and not self._window_random.is_present():
+            self._draws = True
+            return False
+        self._micro_batch.restore()
+        return True
+
+    def return_to_window(self) -> None:
+        """All is as where the window began."""
+        if self._window_random is not None:
+            self._window_random.restore()
+        self._window.restore()
 
 
 class Buffers:

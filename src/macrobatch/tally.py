@@ -1,10 +1,7 @@
 """What the micro-batches of a window add up to: losses, their weights and metrics, over the window and over ranks."""
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,21 +11,26 @@ from macrobatch.distributed import Ranks
 from macrobatch.structure import Nested
 from macrobatch.weighting import LOSS, Count, Terms, checked_count, known
 
-Part = tuple[
-    Count, int
-]  # a value and how often it counts: micro-batch means are multiplied at the end, not in the loop
+Part = tuple[Count, int]  # a value and how often it counts
 CountFn = Callable[[Nested], Count | Mapping[str, Count]]
 
 
-@dataclass
+class Record(NamedTuple):
+    """What is kept of one micro-batch: `Terms` without their graph."""
+
+    num_samples: int
+    sums: dict[str, Count]
+    multiplier: int
+    metrics: Mapping[str, Count]
+    weight: Count | None
+
+
 class Tally:
     """The records of one window on one rank; `add` keeps a few scalars for each micro-batch."""
 
-    sizes: list[int] = field(default_factory=list)
-    weights: list[Count] = field(default_factory=list)
-    _sums: dict[str, list[Part]] = field(default_factory=partial(defaultdict, list))
-    _metrics: dict[str, list[Part]] = field(default_factory=partial(defaultdict, list))
-    _seen: int = 0
+    def __init__(self) -> None:
+        self._records: list[Record] = []
+        self._seen = 0
 
     def add(self, terms: Terms, num_samples: int) -> None:
         """One micro-batch of `num_samples` samples is counted; if an allocation here fails, nothing of it is."""
@@ -36,34 +38,46 @@ class Tally:
         for name, value in terms.sums.items():
             sums[name] = 0.0 if terms.is_empty else _kept(value)  # where there are no terms, their sum may be NaN
         metrics = {name: _kept(value) for name, value in terms.metrics.items()} if terms.metrics else {}
-        for name, kept in sums.items():
-            self._sums[name].append((kept, terms.multiplier))
-        for name, kept in metrics.items():
-            self._metrics[name].append((kept, 1))
-        self.sizes.append(num_samples)
-        if terms.weight is not None:
-            self.weights.append(terms.weight)
+        self._records.append(Record(num_samples, sums, terms.multiplier, metrics, terms.weight))
 
-    def since_last(self) -> tuple[list[int], list[Count]]:
-        """Sizes and weights of what was added since this was called last."""
-        since, self._seen = self._seen, len(self.sizes)
-        return self.sizes[since:], self.weights[since:]
+    @property
+    def records(self) -> Sequence[Record]:
+        """One for each micro-batch, in the order in which they were run."""
+        return self._records
 
-    def totals(
-        self, ranks: Ranks, names: Sequence[str] | None, expected: Iterable[str], device: torch.device
-    ) -> "Totals":
-        """Everything summed over the window and over ranks: numbers where that costs no host sync, else of shape ().
+    @property
+    def weights(self) -> list[Count]:
+        """Terms in each micro-batch, as the loss_fn gave them; none where `count=` tells."""
+        return [record.weight for record in self._records if record.weight is not None]
 
-        `names`, for several ranks: the columns that any of them has, the same on every rank, and a ValueError for one
-        beside them; None asks for all. The `expected` sums are there in any case.
-        """
-        own = Totals(
-            {name: total(self._sums[name], device) for name in dict.fromkeys([*self._sums, *expected])},
-            {name: total(parts, device) for name, parts in self._metrics.items()},
-            total([(w, 1) for w in self.weights], device),
-            sum(self.sizes),
+    def since_last(self) -> Sequence[Record]:
+        """What was added since this was called last."""
+        since, self._seen = self._seen, len(self._records)
+        return self._records[since:]
+
+    def weight(self, device: torch.device) -> Count:
+        """The terms of the window on this rank."""
+        return total([(weight, 1) for weight in self.weights], device)
+
+    def totals(self, expected: Iterable[str], device: torch.device) -> "Totals":
+        """The window's sums on this rank; the `expected` ones are there in any case."""
+        sums: dict[str, list[Part]] = {name: [] for name in expected}
+        metrics: dict[str, list[Part]] = {}
+        for record in self._records:
+            for name, value in record.sums.items():
+                sums.setdefault(name, []).append((value, record.multiplier))
+            for name, value in record.metrics.items():
+                metrics.setdefault(name, []).append((value, 1))
+        return Totals(
+            {name: total(parts, device) for name, parts in sums.items()},
+            {name: total(parts, device) for name, parts in metrics.items()},
+            self.weight(device),
+            sum(record.num_samples for record in self._records),
         )
-        return own if ranks.size == 1 else own.over(ranks, names, device)
+
+    def means(self, counts: Mapping[str, Count] | None, device: torch.device) -> "Means":
+        """`means_of` the window on this rank alone."""
+        return means_of(self.totals(counts or (LOSS,), device), counts, device)
 
 
 def _kept(value: Count) -> Count:
@@ -75,13 +89,13 @@ def _kept(value: Count) -> Count:
     if not isinstance(value, Tensor):
         return value
     if value.is_cpu:
-        return float(value.item())
+        return value.item()
     value = value.detach()
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
-class Totals(NamedTuple):  # made for each window, as a tuple in a fifth of the time of a frozen dataclass
-    """Sums over the effective batch: of the losses and of the metrics by name; every tensor is float64 of shape ()."""
+class Totals(NamedTuple):
+    """Sums over micro-batches of losses and metrics, by name: numbers where that costs no sync, else of shape ()."""
 
     sums: dict[str, Count]
     metrics: dict[str, Count]
@@ -95,7 +109,11 @@ class Totals(NamedTuple):  # made for each window, as a tuple in a fifth of the 
         return sums | {f"metric {name}": value for name, value in self.metrics.items()}
 
     def over(self, ranks: Ranks, names: Sequence[str] | None, device: torch.device) -> "Totals":
-        """The totals of all ranks together; `names` as in `Tally.totals`."""
+        """The totals of all ranks together.
+
+        `names`: the columns that any rank has, the same on every rank, and a ValueError for one beside them; None asks
+        for all.
+        """
         own = self.columns
         names = ranks.union(own) if names is None else names
         for name in own:
@@ -115,11 +133,13 @@ class Totals(NamedTuple):  # made for each window, as a tuple in a fifth of the 
 
 
 class Means(NamedTuple):
-    """What a Report says of an effective batch; every tensor of shape ()."""
+    """What a Report says of an effective batch: numbers where they are known without a host sync, else of shape ()."""
 
-    loss: Tensor
-    loss_weight: Tensor | dict[str, Tensor]
-    metrics: dict[str, Tensor]
+    loss: Count
+    loss_weight: Count | dict[str, Count]
+    metrics: dict[str, Count]
+    num_samples: Count
+    device: torch.device  # of what is made a tensor
 
 
 def means_of(totals: Totals, counts: Mapping[str, Count] | None, device: torch.device) -> Means:
@@ -131,13 +151,11 @@ def means_of(totals: Totals, counts: Mapping[str, Count] | None, device: torch.d
         divisor = denominator(name, counts)
         losses.append((mean(value, divisor), divisor))
         if name != LOSS:
-            metrics[name] = as_scalar(losses[-1][0], device)
+            metrics[name] = losses[-1][0]
     for name, value in totals.metrics.items():
-        metrics[name] = as_scalar(mean(value, counts.get(name, by_default)), device)
-    loss = as_scalar(_sum_of_means(losses, device), device)
-    if len(counts) == 1:
-        return Means(loss, as_scalar(by_default, device), metrics)
-    return Means(loss, {name: as_scalar(value, device) for name, value in counts.items()}, metrics)
+        metrics[name] = mean(value, counts.get(name, by_default))
+    loss_weight = by_default if len(counts) == 1 else dict(counts)
+    return Means(_sum_of_means(losses, device), loss_weight, metrics, totals.num_samples, device)
 
 
 def _sum_of_means(losses: Sequence[tuple[Count, Count]], device: torch.device) -> Count:
@@ -155,22 +173,25 @@ def _sum_of_means(losses: Sequence[tuple[Count, Count]], device: torch.device) -
     return parts.where(has_terms, 0.0).sum().where(has_terms.any(), torch.nan)
 
 
-def total(parts: Sequence[Part], device: torch.device) -> Count:
+def total(parts: Iterable[Part], device: torch.device) -> Count:
     """The sum of value times multiplier: a number if all values can be read without a sync, else of shape ()."""
-    numbers, scalars = [], []
+    numbers: list[float] = []
+    scalars: list[tuple[Tensor, int]] = []
     for value, times in parts:
         if isinstance(value, Tensor) and not value.is_cpu:
             scalars.append((value.to(device), times))
         else:
             numbers.append(float(value) * times)
-    if not scalars:
-        return _sum(numbers)
+    return _sum(numbers) + _sum_of_scalars(scalars, device) if scalars else _sum(numbers)
+
+
+def _sum_of_scalars(scalars: Sequence[tuple[Tensor, int]], device: torch.device) -> Tensor:
     if any(value.dtype != scalars[0][0].dtype for value, _ in scalars):
         scalars = [(value.double(), times) for value, times in scalars]
     summands = torch.stack([value for value, _ in scalars]).double()
     if any(times != 1 for _, times in scalars):
         summands = summands * torch.tensor([times for _, times in scalars], dtype=torch.float64, device=device)
-    return summands.sum() + _sum(numbers)
+    return summands.sum()
 
 
 def _sum(numbers: Sequence[float]) -> float:

@@ -15,6 +15,8 @@ from macrobatch.distributed import Ranks
 from macrobatch.gradients import norm_of
 from macrobatch.report import Report
 
+NAMED = 3  # parameters that a message names, of those that it is about
+
 
 @dataclass(frozen=True)
 class Update:
@@ -51,7 +53,7 @@ def apply_update(
     owned = {id(p): p for each in optimizers for group in each.param_groups for p in group["params"]}
     parameters = list(owned.values())  # each once: optimizers may share some
     if report is not None:
-        _check_held(owned, [p for p in report.parameters if p.grad is not None])
+        _check_held(owned, [p for p in report.parameters if p.grad is not None], report.modules)
     grad_norm = norm_of(p.grad for p in parameters)
     has_gradients = any(p.grad is not None for p in parameters)
     applied = (nonfinite == "ignore" or _may_step(grad_norm, report)) and has_gradients
@@ -66,7 +68,9 @@ def apply_update(
     return Update(grad_norm, applied)
 
 
-def _check_held(owned: Mapping[int, nn.Parameter], trained: Sequence[nn.Parameter]) -> None:
+def _check_held(
+    owned: Mapping[int, nn.Parameter], trained: Sequence[nn.Parameter], modules: Sequence[nn.Module]
+) -> None:
     """ValueError if the optimizers hold none of what the window trained, a warning if they lack some of it."""
     lost = [p for p in trained if id(p) not in owned]
     if not lost:
@@ -74,16 +78,28 @@ def _check_held(owned: Mapping[int, nn.Parameter], trained: Sequence[nn.Paramete
     if len(lost) == len(trained):
         raise ValueError(
             f"the optimizer holds {len(owned)} parameters, none of the {len(trained)} that this window has "
-            "gradients for: it would change nothing. Give the optimizer of the accumulator's model"
+            f"gradients for ({_named(lost, modules)}): it would change nothing. Give the optimizer of the "
+            "accumulator's model"
         )
     warnings.warn(
-        f"{len(lost)} of the {len(trained)} parameters that this window has gradients for are in no optimizer given, "
-        f"the first of them of shape {tuple(lost[0].shape)}: they stay as they are, and their gradients are dropped. "
+        f"{len(lost)} of the {len(trained)} parameters that this window has gradients for are in no optimizer given "
+        f"({_named(lost, modules)}): they stay as they are, and their gradients are dropped. "
         "Add them to an optimizer (a loss has parameters of its own), give all optimizers in one call, "
         "apply_update([first, second], report), or train without them: requires_grad_(False), or frozen= of the "
         "Accumulator",
         stacklevel=3,  # the line that calls apply_update: python shows it once for each
     )
+
+
+def _named(parameters: Sequence[nn.Parameter], modules: Sequence[nn.Module]) -> str:
+    """The first few by the name that the modules know them by, and by shape."""
+    names: dict[int, str] = {}
+    for module in modules:
+        for path, owner in module.named_modules():
+            for name, p in owner.named_parameters(path, recurse=False):
+                names.setdefault(id(p), f"{name!r} of {type(owner).__name__}, ")
+    first = "; ".join(f"{names.get(id(p), '')}shape {tuple(p.shape)}" for p in parameters[:NAMED])
+    return f"{first}; ..." if len(parameters) > NAMED else first
 
 
 def _may_step(grad_norm: Tensor, report: Report | None) -> bool:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -38,8 +38,7 @@ Size = int | Literal["auto"] | None
 WHOLE = 2**31  # samples: a first micro-batch size without a bound
 
 
-@dataclass(frozen=True)
-class Running:
+class Running(NamedTuple):
     """A window on its way, and all that takes part in it."""
 
     window: Window

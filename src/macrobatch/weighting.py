@@ -128,7 +128,7 @@ def known(weight: Count) -> float | None:
     if type(weight) is float or type(weight) is int:
         return float(weight)
     if isinstance(weight, Tensor):
-        return float(weight.item()) if weight.device.type == "cpu" else None
+        return float(weight.item()) if weight.is_cpu else None
     return float(weight)
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from macrobatch.batch import Window
-from macrobatch.devices import device_of
+from macrobatch.devices import CPU, device_of
 from macrobatch.distributed import GradientReduction, GroupChoice, Ranks, is_distributed
+from macrobatch.engine import backward
 from macrobatch.gradients import WindowGradients
 from macrobatch.leaves import StrayLeaves, has_nested_backward
 from macrobatch.lockstep import Together
@@ -23,7 +24,7 @@ from macrobatch.report import Report
 from macrobatch.seeds import Learned, Seeds
 from macrobatch.state import coupled_layer
 from macrobatch.structure import Nested
-from macrobatch.tally import CountFn, Tally, count_window, means_of
+from macrobatch.tally import CountFn, Means, Tally, count_window, means_of
 from macrobatch.unscaling import Unscaler
 from macrobatch.weighting import LOSS, Count, Terms, checked_count, refuse_bare_token_mean, terms_of
 
@@ -142,22 +143,23 @@ class WindowPass:
     def _backward(self, all_terms: Sequence[Terms], attempt: Attempt, chains: Sequence[Tensor] = ()) -> None:
         if self.learned.exponent is None:
             self._seeds.agree(all_terms[0].weight if all_terms else None)
-        losses, seeds = list(chains), list(map(torch.zeros_like, chains))
+        losses, seeds = [], []
         for terms in all_terms:
             for name, loss_sum in terms.sums.items():
-                if not loss_sum.requires_grad:
-                    raise ValueError(
-                        f"the {name} does not depend on any trainable parameter (it requires no gradient): was it "
-                        "detached, or computed under torch.no_grad()? For a micro-batch without terms return (0, 0)"
-                    )
                 losses.append(loss_sum)
                 seeds.append(self._seeds.of(name, terms))
+        if chains:
+            losses, seeds = [*chains, *losses], [*map(torch.zeros_like, chains), *seeds]
         if not self.learned.knows_leaves and self._strays is None:
             self._strays = StrayLeaves(losses, self.parameters, self.recipe.loss_fn)
         if attempt.inputs == []:
             return  # every parameter has its gradient from before the micro-batch ran out of memory
         attempt.started_backward = True
-        torch.autograd.backward(losses, seeds, inputs=attempt.inputs)
+        try:
+            backward(losses, seeds, attempt.inputs)
+        except RuntimeError:
+            _refuse_detached(all_terms)  # asked only now, since a backward refuses them, too
+            raise
 
     def micro_batch_ended(self, gradients: WindowGradients) -> None:
         """After each micro-batch, in however many parts: what is its own is measured, and it joins the window's sum."""
@@ -181,9 +183,11 @@ class WindowPass:
     def measure(self, gradients: WindowGradients) -> None:
         """After each micro-batch: its own gradients are measured, if that was asked for; parts of it count as one."""
         if self._measurement is not None:
-            sizes, weights = self._tally.since_last()
-            weight = sum(sizes) if self._counts is not None else sum(weights)
-            self._measurement.add([p.grad for p in gradients.parameters], weight, sum(sizes))
+            parts = self._tally.since_last()
+            num_samples = sum(part.num_samples for part in parts)
+            weights = [num_samples] if self._counts is not None else [part.weight for part in parts]
+            weight = sum(weight for weight in weights if weight is not None)
+            self._measurement.add([p.grad for p in gradients.parameters], weight, num_samples)
 
     def measured(self, gradients: Sequence[Tensor | None]) -> None:
         """What was measured is known for the whole window, whose gradients these are; before they change dtype."""
@@ -192,40 +196,56 @@ class WindowPass:
             self._moments = self._measurement.moments(factor, scale, gradients)
             self._mean_squares = self._measurement.mean_squares(factor, scale, gradients)
 
-    def settle(self) -> None:
-        """The totals over the window and over ranks are known."""
+    def settle(self, *, can_wait: bool = False) -> None:
+        """The totals over the window and over ranks are known; those that nothing depends on, when they are asked for.
+
+        `can_wait`: which holds for the losses of one process on the CPU, where they are numbers.
+        """
         if self._is_first:  # weights on the device are looked at this once; those on the CPU always are
             for weight in self._tally.weights:
                 checked_count(weight.cpu() if isinstance(weight, Tensor) else weight, "loss_weight")
-        known = self.learned.names if self.ranks.size > 1 else None  # asking costs a message
-        self._totals = self._tally.totals(self.ranks, known, self._counts or (LOSS,), self.home)
-        if self.ranks.size > 1:
-            self.learned.names = tuple(self._totals.columns)
-        if self.ranks.size == 1 and (self._is_first or self.home.type == "cpu"):
-            self._seeds.relearn(float(self._totals.weight), len(self._tally.sizes))
+        if can_wait and self.ranks.size == 1 and self.home == CPU:
+            self._weight = self._tally.weight(self.home)
+            self._means: Callable[[], Means] = partial(self._tally.means, self._counts, self.home)
+        else:
+            totals = self._tally.totals(self._counts or (LOSS,), self.home)
+            if self.ranks.size > 1:
+                totals = totals.over(self.ranks, self.learned.names, self.home)  # asking for names costs a message
+                self.learned.names = tuple(totals.columns)
+            self._weight = totals.weight
+            means = means_of(totals, self._counts, self.home)
+            self._means = lambda: means
+        if self.ranks.size == 1 and (self._is_first or self.home == CPU):
+            self._seeds.relearn(float(self._weight), len(self._tally.records))
 
     def factor(self, share: int) -> float | Tensor:
         """What turns a gradient times the seed, times `share`, into that of the mean."""
-        return self._seeds.factor(share, self._totals.weight)
+        return self._seeds.factor(share, self._weight)
 
     def report(self, retries: int) -> Report:
         """What the window was, with every sum divided by its total."""
         self._seeds.window_ended()
-        means = means_of(self._totals, self._counts, self.home)
         return Report(
-            loss=means.loss,
-            loss_weight=means.loss_weight,
-            metrics=means.metrics,
-            sample_count=self._totals.num_samples,
-            micro_batch_sizes=tuple(self._tally.sizes),
-            loss_weights=tuple(self._tally.weights),
+            records=self._tally.records,
+            means=self._means,
             parameters=tuple(self.parameters),
             retries=retries,
             moments=self._moments,
             mean_squares=self._mean_squares,
             scaler=self.recipe.unscaler.scaler,
             process_group=self.ranks.group,
+            modules=self.recipe.modules,
         )
+
+
+def _refuse_detached(all_terms: Sequence[Terms]) -> None:
+    for terms in all_terms:
+        for name, loss_sum in terms.sums.items():
+            if not loss_sum.requires_grad:
+                raise ValueError(
+                    f"the {name} does not depend on any trainable parameter (it requires no gradient): was it "
+                    "detached, or computed under torch.no_grad()? For a micro-batch without terms return (0, 0)"
+                ) from None
 
 
 def _under(autocast: Autocast, loss_fn: LossFn, device: torch.device) -> LossFn:
