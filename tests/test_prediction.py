@@ -68,7 +68,7 @@ def peak_by_allocator(case: Case, num_samples: int) -> int:
 @each_case()
 def test_a_fake_run_needs_what_the_meter_says_of_a_real_one(case: Case) -> None:
     rehearsal = Rehearsal(case.model(), case.loss_fn, case.batch(3))
-    for num_samples in (1, 2, 16, 64):
+    for num_samples in (1, 2, 16):
         predicted = rehearsal.fake(num_samples).peak
         assert predicted == pytest.approx(second_micro_batch(case, num_samples, mb.peak_memory), rel=1e-3), num_samples
 
@@ -86,7 +86,7 @@ def test_a_fake_run_needs_what_the_meter_says_at_every_size_up_to_64(case: Case)
 def test_two_fake_runs_tell_the_peak_at_every_size_between_and_beyond(case: Case) -> None:
     rehearsal = Rehearsal(case.model(), case.loss_fn, case.batch(3))
     traces = [rehearsal.fake(2), rehearsal.fake(48)]
-    for size in (1, 3, 5, 8, 13, 31, 47, 64):
+    for size in (1, 3, 8, 31, 64):
         peak = traces[0].parameters + traces[0].gradients + rehearsal.input_bytes(size) + activations_at(size, traces)
         assert peak == pytest.approx(rehearsal.fake(size).peak, rel=1e-3), size
 
