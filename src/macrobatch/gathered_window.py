@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -177,10 +178,9 @@ class GatheredWindow:
         moments, mean_squares = self._moments(sums)
         sizes = [size for piece in self._first.pieces for size in piece.sizes or [piece.num_samples]]
         n = self._loss.num_samples
-        means = Means(self._loss.value, float(n), {}, n, self._pass.home)
         return Report(
             records=[Record(size, {}, 1, {}, float(size)) for size in sizes],
-            means=lambda: means,
+            means=partial(Means, self._loss.value, float(n), {}, n, self._pass.home),
             parameters=tuple(self._pass.parameters),
             retries=self._recovery.retries + self._retries + self._first.num_let_go,
             moments=moments,

@@ -213,8 +213,7 @@ class WindowPass:
                 totals = totals.over(self.ranks, self.learned.names, self.home)  # asking for names costs a message
                 self.learned.names = tuple(totals.columns)
             self._weight = totals.weight
-            means = means_of(totals, self._counts, self.home)
-            self._means = lambda: means
+            self._means = partial(Means, *means_of(totals, self._counts, self.home))
         if self.ranks.size == 1 and (self._is_first or self.home == CPU):
             self._seeds.relearn(float(self._weight), len(self._tally.records))
 
