@@ -1,11 +1,8 @@
-"""What each process of the distributed tests of test_noise.py runs; imports nothing from pytest.
+"""Claims about the noise scale for test_distributed.py; imports nothing from pytest.
 
 Each rank has its own number of samples and micro-batches; everything is compared with one process on all of them.
 """
 
-import sys
-
-import ranks
 import torch
 import torch.distributed as dist
 from moments_by_hand import float64, moments_of_gradients
@@ -93,11 +90,3 @@ def examples_of_all_ranks_make_one_batch(world: int) -> None:
     for model in (net(), Reading(net()) if dist.get_rank() == 0 else net()):  # one rank cannot vectorise: none does
         expected = by_definition(model, [(x[i : i + 1], weight[i : i + 1]) for i in range(len(x))])
         compare(mb.per_example_moments(model, loss_fn, mine), expected)
-
-
-CLAIMS = (windows_of_all_ranks_make_one_estimate, examples_of_all_ranks_make_one_batch)
-
-
-if __name__ == "__main__":
-    ranks.claims = lambda: {claim.__name__: claim for claim in CLAIMS}
-    ranks.main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,11 +1,9 @@
-"""What each process of test_batchnorm_distributed.py runs: claims on every rank, checked against one process."""
+"""Claims about BatchNorm for test_distributed.py: on every rank, checked against one process."""
 
 import copy
-import sys
 import threading
 from typing import Any
 
-import ranks
 import torch
 import torch.distributed as dist
 from helpers import clear, difference, gradients, reference
@@ -167,14 +165,3 @@ def control_plain_accumulation_is_wrong_by_more_than_a_tenth(world: int) -> None
     mb.Accumulator(model, loss_sum, micro_batch_size=2, batch_norm="micro_batch").run(share_of(batch, world))
     error = difference(gradients(model), expected)
     assert error > 0.1, f"the control differs by {error:.2e} only"
-
-
-def claims() -> dict[str, Any]:
-    """Every claim of this module."""
-    own = {"world": int, "return": None}
-    return {n: f for n, f in globals().items() if getattr(f, "__annotations__", {}) == own and f.__module__ == __name__}
-
-
-if __name__ == "__main__":
-    ranks.claims = claims
-    ranks.main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -19,7 +19,7 @@ def outcomes_of(script: str | None, claims: Iterable[str], world: int, folder: P
     ]
     try:
         for process in processes:
-            process.wait(timeout=300)
+            process.wait(timeout=500)
     finally:
         for process in processes:
             process.kill()

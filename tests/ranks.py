@@ -1,6 +1,6 @@
 """What each process of the distributed tests runs: one function a claim, checked on every rank against one process.
 
-Started by test_distributed.py; imports nothing from pytest, so that a child process starts quickly.
+Started through all_ranks.py; imports nothing from pytest, so that a child process starts quickly.
 """
 
 import datetime
@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -608,14 +609,19 @@ def control_the_textbook_loop_is_wrong_by_more_than_a_tenth(world: int) -> None:
     assert error > 0.1, f"the control differs by {error:.2e} only"
 
 
-def claims() -> dict[str, Callable[[int], None]]:
-    """Every function of this module that takes the number of ranks."""
+def claims_of(module: ModuleType) -> dict[str, Callable[[int], None]]:
+    """Every function of a module that takes the number of ranks."""
     own = {
         name: value
-        for name, value in globals().items()
+        for name, value in vars(module).items()
         if getattr(value, "__annotations__", {}) == {"world": int, "return": None}
     }
-    return {name: value for name, value in own.items() if value.__module__ == __name__}
+    return {name: value for name, value in own.items() if value.__module__ == module.__name__}
+
+
+def claims() -> dict[str, Callable[[int], None]]:
+    """Every claim of this module."""
+    return claims_of(sys.modules[__name__])
 
 
 def main(rank: int, world: int, folder: str) -> None:
@@ -635,7 +641,3 @@ def main(rank: int, world: int, folder: str) -> None:
             text = traceback.format_exc()
         Path(folder, f"{name}.{rank}").write_text(text)
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,20 +1,13 @@
-"""What each process of test_sam_passes.py runs; imports nothing from pytest."""
-
-import datetime
-import os
-import sys
-import traceback
-from pathlib import Path
+"""Claims about SAM for test_distributed.py; imports nothing from pytest."""
 
 import torch
 import torch.distributed as dist
+from ranks import sizes_for
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import macrobatch as mb
-
-SIZES = [7, 3]  # samples of each rank
 
 
 def net() -> nn.Module:
@@ -49,41 +42,19 @@ def all_ranks_climb_to_the_same_point(sizes: list[int]) -> None:
     for model in (DDP(net()), net()):
         mine = one_update(model, window, "auto")
         assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(mine, expected, strict=True))
-        everyone: list[list[Tensor]] = [[], []]
+        everyone: list[list[Tensor]] = [[] for _ in sizes]
         dist.all_gather_object(everyone, mine)
-        assert all(torch.equal(a, b) for a, b in zip(*everyone, strict=True)), "bit for bit the same on all ranks"
+        same = [torch.equal(a, b) for other in everyone for a, b in zip(mine, other, strict=True)]
+        assert all(same), "bit for bit the same on all ranks"
     if 0 not in sizes:
         alone = one_update(net(), window, None)
         apart = max(float((a - b).abs().max()) for a, b in zip(alone, expected, strict=True))
         assert apart > 1e-3, "control: a rank by itself climbs elsewhere"
 
 
-def uneven_ranks() -> None:
-    all_ranks_climb_to_the_same_point(SIZES)
+def uneven_ranks(world: int) -> None:
+    all_ranks_climb_to_the_same_point(sizes_for(world))
 
 
-def a_rank_without_samples() -> None:
-    all_ranks_climb_to_the_same_point([10, 0])
-
-
-CLAIMS = (uneven_ranks, a_rank_without_samples)
-
-
-def main(rank: int, world: int, folder: str) -> None:
-    """Run the claims on this rank and write, for each, nothing or the traceback."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    for claim in CLAIMS:
-        start, timeout = f"file://{folder}/{claim.__name__}.start", datetime.timedelta(seconds=60)
-        dist.init_process_group("gloo", init_method=start, rank=rank, world_size=world, timeout=timeout)
-        try:
-            claim()
-            text = ""
-        except Exception:
-            text = traceback.format_exc()
-        Path(folder, f"{claim.__name__}.{rank}").write_text(text)
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+def a_rank_without_samples(world: int) -> None:
+    all_ranks_climb_to_the_same_point([10, 0, 4][:world])

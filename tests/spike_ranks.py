@@ -1,11 +1,9 @@
-"""What each process of the distributed tests of test_spikes.py runs; imports nothing from pytest."""
+"""Claims about spikes for test_distributed.py; imports nothing from pytest."""
 
 import math
-import sys
 import tempfile
 from pathlib import Path
 
-import ranks
 import torch
 import torch.distributed as dist
 from spiking import Batch, Training, assert_same, windows
@@ -65,11 +63,3 @@ def the_micro_batch_is_named_with_its_rank(world: int) -> None:
         mine.train(batches, mine.guard(policy="skip"))
         verdict = mine.verdicts[BAD]
         assert (verdict.kind, verdict.rank, verdict.micro_batch) == ("skipped", world - 1, 2), verdict
-
-
-CLAIMS = (all_ranks_go_back_together_bit_for_bit, the_micro_batch_is_named_with_its_rank)
-
-
-if __name__ == "__main__":
-    ranks.claims = lambda: {claim.__name__: claim for claim in CLAIMS}
-    ranks.main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

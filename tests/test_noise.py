@@ -6,11 +6,9 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-import noise_ranks
 import pytest
 import torch
 from moments_by_hand import float64, moments_of_gradients, report_of
-from processes import outcomes_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -607,23 +605,6 @@ def test_observing_a_report_reads_nothing_from_the_device() -> None:
         noise.observe(report)
     with pytest.raises(AssertionError, match="a tensor was read"), NoReading():
         torch.ones(()).item()
-
-
-# ---- over ranks
-
-
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """For each claim the traceback of each rank, empty where it held."""
-    names = [claim.__name__ for claim in noise_ranks.CLAIMS]
-    return outcomes_of(noise_ranks.__file__, names, request.param, tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("claim", [claim.__name__ for claim in noise_ranks.CLAIMS])
-def test_on_real_processes(claim: str, outcomes: dict[str, list[str]]) -> None:
-    failures = [f"rank {rank}:\n{text}" for rank, text in enumerate(outcomes[claim]) if text]
-    assert not failures, "\n".join(failures)
 
 
 # ---- state and errors

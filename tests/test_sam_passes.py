@@ -1,12 +1,6 @@
-"""The second pass of SAM begins where the first did, on every rank, and after an error all is as before."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The second pass of SAM begins where the first did, and after an error all is as before."""
 
 import pytest
-import sam_ranks
 import torch
 from torch import Tensor, nn
 
@@ -75,29 +69,3 @@ def test_low_precision_parameters_are_refused_because_the_step_would_be_lost() -
     assert moved[1] < 0.9, "control: in bfloat16 many weights would not move at all"
     with pytest.raises(ValueError, match=r"'weight' is torch.bfloat16, in which most of a step.*autocast="):
         sam_for(low).step(x.bfloat16())
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """For each claim the traceback of each rank, empty where it held."""
-    folder, script = tmp_path_factory.mktemp("ranks"), Path(sam_ranks.__file__)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(script)]
-    processes = [
-        subprocess.Popen([*command, str(rank), "2", str(folder)], env=environment, cwd=script.parent) for rank in (0, 1)
-    ]
-    try:
-        for process in processes:
-            process.wait(timeout=120)
-    finally:
-        for process in processes:
-            process.kill()
-    paths = {claim.__name__: [folder / f"{claim.__name__}.{rank}" for rank in (0, 1)] for claim in sam_ranks.CLAIMS}
-    return {name: [p.read_text() if p.exists() else "never finished" for p in ps] for name, ps in paths.items()}
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("claim", [claim.__name__ for claim in sam_ranks.CLAIMS])
-def test_on_real_processes(claim: str, outcomes: dict[str, list[str]]) -> None:
-    failures = [f"rank {rank}:\n{text}" for rank, text in enumerate(outcomes[claim]) if text]
-    assert not failures, "\n".join(failures)

@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import spike_ranks
 import torch
-from processes import outcomes_of
 from spiking import QUICK, UNCHANGED_LR, Batch, Training, assert_same, squared_error, windows
 from test_scaling_rules import EVERY_OPTIMIZER, EVERY_SCHEDULER, groups, move, rates
 from torch import Tensor, nn
@@ -651,23 +649,6 @@ def test_a_guard_made_before_a_checkpoint_was_loaded_never_goes_back_to_before_i
 def test_a_state_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a spike guard's state holds .*'losses'.*, this one \['step'\]"):
         Training().guard().load_state_dict({"step": 1})
-
-
-# ---- over ranks
-
-
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """For each claim the traceback of each rank, empty where it held."""
-    names = [claim.__name__ for claim in spike_ranks.CLAIMS]
-    return outcomes_of(spike_ranks.__file__, names, request.param, tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("claim", [claim.__name__ for claim in spike_ranks.CLAIMS])
-def test_on_real_processes(claim: str, outcomes: dict[str, list[str]]) -> None:
-    failures = [f"rank {rank}:\n{text}" for rank, text in enumerate(outcomes[claim]) if text]
-    assert not failures, "\n".join(failures)
 
 
 # ---- errors before training starts
