@@ -58,8 +58,8 @@ def _of_small(comparison: Comparison, small: Course, large: Course, losses: str)
     return (
         f"Small batch against gathered accumulation: held-out loss {losses} It made {len(small.update_seconds):,} "
         f"updates for {len(large.update_seconds):,}, each of a loss that compares {_compared(comparison, 'small')} "
-        f"samples instead of {comparison.batch_size}. The two differ in their loss, in their number of updates and in the "
-        "rate that suits them; which of these it was, one rate does not tell."
+        f"samples instead of {comparison.batch_size}. The two differ in their loss, in their number of updates and in "
+        "the rate that suits them; which of these it was, one rate does not tell."
     )
 
 
