@@ -346,6 +346,19 @@ def test_a_loss_beyond_the_budget_is_refused_before_any_work(arguments: list[str
     assert not (tmp_path / "run").exists()
 
 
+def test_a_micro_batch_size_beyond_the_budget_is_refused_before_any_work(tmp_path: Path) -> None:
+    options: list[Any] = [*LARGE, "--task-option", "hidden=4096", "--max-memory", "2.5MB", "--steps", 1]
+    said = run("train", *options, "--micro-batch-size", 96, "--output", tmp_path / "run", code=2)
+    assert (
+        "error: max_memory=2.50 MB is too small for a window of 96 samples: in micro-batches of 96 samples it ne"
+        in said
+    )
+    assert "What would also help: a smaller micro_batch_size" in said
+    assert not (tmp_path / "run").exists()
+    run("train", *options, "--micro-batch-size", 8, "--output", tmp_path / "run")  # the control
+    assert summary(tmp_path / "run")["peak_bytes"] <= 2_500_000
+
+
 @pytest.mark.parametrize(
     ("hidden", "max_memory", "most"),
     [
