@@ -5,6 +5,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Two processes, each with whole files of tests, in their order: what a file sets up for all its tests is set up once.
+# A process that ends early is not started again: a test that hangs ends it after every stack was printed.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test check format bench clean
@@ -13,14 +16,14 @@ demo: $(INSTALLED)
 	@$(BIN)/macrobatch compare --task code-lm --threads 1 --output runs/demo
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest -q
+	@$(PYTEST)
 
 # Everything: formatting, lint, types, and all tests, the slow ones included (docs are executed by tests/test_docs.py).
 check: $(INSTALLED)
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --strict src
-	@$(BIN)/python -m pytest -q -m ""
+	@$(PYTEST) -m ""
 
 format: $(INSTALLED)
 	@$(BIN)/ruff check --quiet --fix-only .
