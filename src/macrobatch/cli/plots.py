@@ -50,7 +50,7 @@ def save_training(folder: Path, rows: Sequence[Mapping[str, Any]], task_name: st
         rate_axes.plot(samples, [row["lr"] for row in rows], color="#d55e00", marker=marker)
         rate_axes.set(xlabel="samples", ylabel="learning rate")
         rate_axes.set_ylim(0, 1.1 * max(row["lr"] for row in rows) or 1)  # a constant rate lies well below the top
-        few_ticks(rate_axes)
+        thousands(rate_axes)
         rate_axes.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
         rate_axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
         for suffix in ("svg", "png"):
