@@ -5,8 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from macrobatch.cli import app as cli
-from macrobatch.tasks import load_task
+from macrobatch.cli import options as cli
+from macrobatch.cli.app import app
+from macrobatch.cli.command import command, folder_name, loaded
+from macrobatch.cli.preparing import prepare
 
 
 def _factors(text: str) -> tuple[int, ...]:
@@ -21,7 +23,7 @@ def _factors(text: str) -> tuple[int, ...]:
 PerExample = Annotated[
     bool, typer.Option("--per-example", help="Measure the gradient of each sample, for updates of one micro-batch.")
 ]
-HalfLife = Annotated[int, cli._count(1, "Updates after which one counts half: training moves on.")]
+HalfLife = Annotated[int, cli.count(1, "Updates after which one counts half: training moves on.")]
 Branched = Annotated[
     bool, typer.Option("--branched", help="Then measure the critical batch itself: train on at several batch sizes.")
 ]
@@ -29,22 +31,22 @@ Factors = Annotated[
     Any, typer.Option(parser=_factors, metavar="K,K,...", help="Of --branched: times the batch.  [2,4,8]")
 ]
 BranchSamples = Annotated[
-    int | None, cli._count(1, "Of --branched: samples in each branch.  [8 updates of the largest batch]")
+    int | None, cli.count(1, "Of --branched: samples in each branch.  [8 updates of the largest batch]")
 ]
-Repeats = Annotated[int | None, cli._count(1, "Of --branched: branches of each size, on other samples.  [3]")]
+Repeats = Annotated[int | None, cli.count(1, "Of --branched: branches of each size, on other samples.  [3]")]
 Tolerance = Annotated[
     float | None,
-    typer.Option(parser=cli._above_zero, metavar="LOSS", help="Of --branched: what counts as no worse.  [0.01]"),
+    typer.Option(parser=cli.above_zero, metavar="LOSS", help="Of --branched: what counts as no worse.  [0.01]"),
 ]
 
 
-@cli.app.command()
+@app.command()
 def noise(
     task: cli.TaskName = "code-lm",
     task_option: cli.TaskOptions = None,
     batch_size: cli.BatchSize = None,
     micro_batch_size: Annotated[
-        int | None, cli._count(1, "Samples in memory at once.  [an eighth of the batch, at most the task's]")
+        int | None, cli.count(1, "Samples in memory at once.  [an eighth of the batch, at most the task's]")
     ] = None,
     max_memory: cli.MaxMemory = None,
     lr: cli.LearningRate = None,
@@ -92,8 +94,9 @@ def noise(
         noise="per example" if per_example else "measure",
         noise_half_life=half_life,
     )
-    with cli._command(output or Path("runs") / f"noise-{cli._folder_name(task)}", threads) as (console, folder):
+    with command(output or Path("runs") / f"noise-{folder_name(task)}", threads) as (console, folder):
         branches = BranchOptions.of(branched, factors, branch_samples, repeats, tolerance)
-        run = Run(load_task(task, seed=seed, **dict(task_option or [])), options)
+        run = Run(loaded(console, task, task_option, seed), options)
+        prepare(run.task, console)
         code = branched_run(run, branches, folder, console) if branches else noise_run(run, folder, console)
     raise typer.Exit(code)

@@ -1,0 +1,50 @@
+"""What all commands have around them: a console, a new output folder, mistakes and Ctrl-C that end in a line."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from macrobatch.cli.errors import short_errors
+from macrobatch.cli.preparing import busy
+from macrobatch.cli.runfiles import new_folder, release
+from macrobatch.tasks import Task, load_task
+
+
+def loaded(console: Console, name: str, options: list[Any] | None, seed: int) -> Task:
+    """The task, from its name and the options given; the terminal says that it is being loaded."""
+    with busy(console, f"loading {name}"):
+        return load_task(name, seed=seed, **dict(options or []))
+
+
+def folder_name(task: str) -> str:
+    """What the folder of a task's results is called: the last part of its name."""
+    return task.rpartition(":")[2] or "task"
+
+
+@contextmanager
+def command(wanted: Path, threads: int | None = None) -> Iterator[tuple[Console, Path]]:
+    """A console and a new output folder; mistakes and Ctrl-C end in a line and an exit code; no empty folder stays."""
+    console, mistakes = Console(highlight=False), Console(stderr=True, highlight=False)
+    with short_errors(mistakes):
+        folder = new_folder(wanted)
+        threads_before = torch.get_num_threads()
+        torch.set_num_threads(threads or threads_before)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+        try:
+            yield console, folder
+        except KeyboardInterrupt:
+            written = any(not path.name.startswith(".") for path in folder.iterdir())  # all but the mark of its run
+            kept = f"what was written is in {folder}" if written else "nothing was written"
+            mistakes.print(f"interrupted: {escape(kept)}", soft_wrap=True)
+            raise typer.Exit(130) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            torch.set_num_threads(threads_before)
+            release(folder)
