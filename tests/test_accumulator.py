@@ -630,7 +630,7 @@ def test_a_bare_list_of_images_of_unlike_size_is_cut_between_them() -> None:
 
 def test_model_and_loss_fn_swapped_are_refused_at_once() -> None:
     with pytest.raises(
-        ValueError, match=r"a Sequential is not: too many positional arguments. Were model and loss_fn swap"
+        ValueError, match=r"Sequential\(input\) is not: too many positional arguments. Were model and loss_fn swap"
     ):
         mb.Accumulator(nn.Identity(), regressor(), micro_batch_size=4)
     with pytest.raises(ValueError, match="give the model, not its parameters"):

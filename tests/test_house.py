@@ -46,8 +46,7 @@ LEVELS = (
     ("meeting", "pooled_norm"),
     ("lockstep",),
     ("batch", "budget", "prediction", "gathering", "replay", "aligned_random"),
-    ("grouping", "weighting", "recording", "size_plans", "row_order"),
-    ("scheduled_batches",),
+    ("weighting", "recording", "size_plans", "row_order"),
     ("criteria", "tally", "rehearsal", "update_memory"),
     ("report",),
     ("recovery", "measuring", "seeds", "moment_average"),
@@ -55,7 +54,8 @@ LEVELS = (
     # What a size needs is known before anything runs, so it stands below what runs: decision 0002.
     ("checkpointing",),
     ("planning", "arguments"),
-    ("searching",),
+    ("searching", "grouping"),
+    ("scheduled_batches",),
     # L1 mechanism
     ("window_pass",),
     ("alignment",),

@@ -19,10 +19,10 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.utils.data import DataLoader
 
-from macrobatch import structure
-from macrobatch.arguments import check_loss_fn
+from macrobatch import arguments, structure
 from macrobatch.auto_size import AutoSize, refuse_coupled
 from macrobatch.batch import Cut, NumSamples, Window
+from macrobatch.budget import check_max_memory
 from macrobatch.coupling import CHOICES
 from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks
 from macrobatch.engine import direct_engine
@@ -93,31 +93,32 @@ class Accumulator:
         process_group: GroupChoice = AUTO,
         overlap: bool = True,
     ) -> None:
-        check_loss_fn(loss_fn)
+        arguments.check_loss_fn(loss_fn)
         direct_engine()  # known before anything runs
         self.model = model
         self.loss_fn = loss_fn
         self._measure = check_measure(measure)
         self._way = way_of(batch_norm, measure, rng, cut)
         self._limit = self._way.limit(micro_batch_size, max_memory)
-        self._max_memory = max_memory
+        self._max_memory = check_max_memory(max_memory)
         self._modules = modules_of(model) + ([loss_fn] if isinstance(loss_fn, nn.Module) else [])
         self._beginnings = Beginnings()
-        self._frozen = modules_of(frozen)
-        self._unscaler = Unscaler(scaler)
-        where = None if device is None else torch.device(device)
+        self._frozen = arguments.check_frozen(frozen)
+        self._unscaler = Unscaler(arguments.check_scaler(scaler, arguments.check_autocast(autocast)))
+        self._grad_dtype = arguments.check_grad_dtype(grad_dtype)
+        self._overlap = arguments.check_flag(overlap, "overlap")
+        self._cut = arguments.check_cut(cut)
+        self._num_samples = arguments.check_num_samples(num_samples) or structure.num_samples
+        arguments.check_count(count)
+        where, group = arguments.check_device(device), arguments.check_group(process_group)
         self._everything = self._modules + self._frozen
         # "auto" refuses such layers. A model may come in eval mode, so the first window is looked at once more.
         self._may_warn = batch_norm is None and not isinstance(self._limit, AutoSize)
         self._may_warn = self._may_warn and not warn_of_coupling(self._everything, self._choices)
         self._recipe = Recipe(
-            model, self._modules, self._everything, loss_fn, count, autocast, self._unscaler, where, process_group
+            model, self._modules, self._everything, loss_fn, count, autocast, self._unscaler, where, group
         )
         self._learned = Learned()
-        self._grad_dtype = grad_dtype
-        self._overlap = overlap
-        self._cut = cut
-        self._num_samples = num_samples or structure.num_samples
 
     def run(self, batch: Nested, *, add: bool = False) -> Report:
         """`p.grad` is the gradient of the effective batch's mean loss; nothing else changed but buffers and RNG.

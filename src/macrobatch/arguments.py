@@ -1,45 +1,186 @@
-"""What an Accumulator is given, checked before any work: the loss_fn, and how large a micro-batch may be."""
+"""What an Accumulator is given, checked before any work: a check returns its argument, or is a ValueError."""
 
-import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, _GeneratorContextManager
+from inspect import isfunction
 from typing import Any, Literal
 
+import torch
+import torch.distributed as dist
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
 
 from macrobatch.auto_size import AutoSize
-from macrobatch.batch import check_size
+from macrobatch.batch import Cut, NumSamples, check_size
+from macrobatch.distributed import AUTO, GroupChoice
+from macrobatch.memory import known_device
+from macrobatch.signatures import check_callable, given
 from macrobatch.sizing import SizeLimit
+
+Autocast = torch.dtype | AbstractContextManager[Any] | None
+AUTOCAST_DTYPES = (torch.bfloat16, torch.float16)
+GRAD_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Functions
 
 
 def check_loss_fn(loss_fn: Callable[[Any, Any], Any]) -> None:
-    """ValueError if `loss_fn` cannot be called with (model, micro_batch)."""
-    if isinstance(loss_fn, _Loss):
+    """Whether `loss_fn` can be called with (model, micro_batch)."""
+    criterion = loss_fn if isinstance(loss_fn, type) else type(loss_fn)
+    name = getattr(loss_fn, "__name__", criterion.__name__)
+    if issubclass(criterion, _Loss) or (isfunction(loss_fn) and getattr(F, name, None) is loss_fn):
         raise ValueError(
-            f"a loss_fn takes (model, micro_batch), a {type(loss_fn).__name__} takes (outputs, targets): give "
+            f"a loss_fn takes (model, micro_batch), a {name} takes (outputs, targets): give "
             "macrobatch.sum_loss(criterion), which makes it one for (inputs, targets) batches"
         )
-    called = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
-    try:
-        inspect.signature(called).bind("model", "micro_batch")
-    except TypeError as error:
+    check_callable(loss_fn, "loss_fn", ("model", "micro_batch"), ". Were model and loss_fn swapped?")
+
+
+def check_count(count: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
+    """`count`, if it can tell the loss terms of a micro-batch."""
+    if count is not None:
+        check_callable(count, "count", ("micro_batch",), ". It tells the loss terms of one micro-batch")
+    return count
+
+
+def check_cut(cut: Cut | None) -> Cut | None:
+    """`cut`, if it can cut samples start to stop out of a batch."""
+    if cut is not None:
+        check_callable(cut, "cut", ("batch", "start", "stop"), ". It returns the samples from start to before stop")
+    return cut
+
+
+def check_num_samples(num_samples: NumSamples | None) -> NumSamples | None:
+    """`num_samples`, if it can count the samples of a batch."""
+    if num_samples is not None:
+        check_callable(num_samples, "num_samples", ("batch",), ". It returns how many samples the batch has")
+    return num_samples
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision
+
+
+def check_autocast(autocast: Autocast) -> Autocast:
+    """`autocast`, if it is a dtype that torch computes in, or can surround every call of the loss_fn."""
+    if isinstance(autocast, _GeneratorContextManager):
         raise ValueError(
-            f"loss_fn must be callable with (model, micro_batch), and a {type(loss_fn).__name__} is not: {error}. "
-            "Were model and loss_fn swapped?"
+            "autocast is entered for every micro-batch, and what a @contextmanager function returns can be entered "
+            "once: give torch.autocast(...), or an object of a class with __enter__ and __exit__"
+        )
+    if autocast is None or isinstance(autocast, AbstractContextManager) or autocast in AUTOCAST_DTYPES:
+        return autocast
+    raise ValueError(
+        "autocast must be torch.bfloat16, torch.float16, a context manager such as torch.autocast(...), or None for "
+        f"the dtype of the parameters, got {given(autocast)}"
+    )
+
+
+def check_scaler(scaler: GradScaler | None, autocast: Autocast) -> GradScaler | None:
+    """`scaler`, if it is one; a UserWarning where it is missing."""
+    if scaler is None:
+        _warn_of_underflow(autocast)
+    elif not isinstance(scaler, GradScaler):
+        raise ValueError(
+            f"scaler must be a torch.amp.GradScaler, or None, got {given(scaler)}: give "
+            "scaler=torch.amp.GradScaler('cuda'); it belongs to the Accumulator alone, which scales and unscales"
+        )
+    return scaler
+
+
+def _warn_of_underflow(autocast: Autocast) -> None:
+    dtype = autocast
+    if isinstance(autocast, torch.autocast):
+        dtype = autocast.fast_dtype if autocast._enabled else None
+    if dtype == torch.float16:
+        warnings.warn(
+            "autocast in float16 without a scaler: gradients below 6e-8 become 0 on their way back. Give "
+            "scaler=torch.amp.GradScaler('cuda'), or autocast=torch.bfloat16, which needs none",
+            stacklevel=4,  # the line that makes the Accumulator
+        )
+
+
+def check_grad_dtype(grad_dtype: torch.dtype | None) -> torch.dtype | None:
+    """`grad_dtype`, if gradients can add up in it."""
+    if grad_dtype is None or grad_dtype in GRAD_DTYPES:
+        return grad_dtype
+    raise ValueError(
+        f"grad_dtype must be one of {', '.join(map(str, GRAD_DTYPES))}, or None for float32 sums that end in the "
+        f"parameter's dtype, got {given(grad_dtype)}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Places and modules
+
+
+def check_device(device: torch.device | str | None) -> torch.device | None:
+    """`device`, if a tensor can be made there; None stays None."""
+    if device is None:
+        return None
+    where = known_device(device)
+    if where.type == "meta":
+        raise ValueError("device='meta' holds no numbers: give the device to train on, or None for the parameters' own")
+    try:
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"device={str(where)!r} cannot be used here ({reason}): give 'cpu', or None for the parameters' own"
         ) from None
-    except ValueError:
-        pass  # some builtins have no signature
+    return where
+
+
+def check_group(process_group: GroupChoice) -> GroupChoice:
+    """`process_group`, if ranks can talk in it."""
+    is_auto = isinstance(process_group, str) and process_group == AUTO
+    if process_group is None or is_auto or isinstance(process_group, dist.ProcessGroup):
+        return process_group
+    outside: Any = dist.GroupMember.NON_GROUP_MEMBER
+    raise ValueError(
+        "process_group must be 'auto', None for this process alone, or a group of torch.distributed, as "
+        "new_group(ranks) or device_mesh.get_group() returns it, got "
+        + ("what new_group gives ranks outside of it" if process_group is outside else given(process_group))
+    )
+
+
+def check_frozen(frozen: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules of `frozen`, which may be one alone."""
+    many = isinstance(frozen, Iterable) and not isinstance(frozen, nn.Module | str)
+    modules: list[Any] = list(frozen) if many else [frozen]
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            one = isinstance(module, nn.Parameter)
+            advice = (
+                "the modules that hold them, or parameter.requires_grad_(False)" if one else "[module], or [] for none"
+            )
+            raise ValueError(f"frozen must be a sequence of modules, got {given(module)}: give {advice}")
+    return modules
+
+
+def check_flag(value: bool, name: str) -> bool:
+    """`value`, if it is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {given(value)}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes
 
 
 def limit_of(micro_batch_size: int | Literal["auto"] | None, max_memory: int | str | None) -> SizeLimit:
     """The limit that `micro_batch_size` asks for. ValueError for what is no size, or a budget beside a given one."""
-    if micro_batch_size == "auto":
+    if isinstance(micro_batch_size, str) and micro_batch_size == "auto":
         return AutoSize()
     if max_memory is not None:
         raise ValueError(
             f"max_memory={max_memory!r} goes with micro_batch_size='auto', got {micro_batch_size!r}; to enforce one "
             "run inside memory_limit(...)"
         )
-    if isinstance(micro_batch_size, str):
-        raise ValueError(f"micro_batch_size must be an integer of at least 1, 'auto' or None, got {micro_batch_size!r}")
-    return SizeLimit(None if micro_batch_size is None else check_size(micro_batch_size))
+    return SizeLimit(None if micro_batch_size is None else check_size(micro_batch_size, advice=", 'auto' or None"))

@@ -44,7 +44,11 @@ class AutoSize(SizeLimit):
     @property
     def has_begun(self) -> bool:
         """Whether it is known what fits."""
-        return self.current is not None
+        return self.num_samples > 0
+
+    def wait(self) -> None:
+        """There is no sample yet to plan for: what has none is cut into no micro-batch, whatever the size."""
+        self.current = 1
 
     def begin(self, largest: int, num_samples: int) -> None:
         """`largest` samples fit; windows have about `num_samples` on this rank."""
@@ -60,7 +64,9 @@ class AutoSize(SizeLimit):
 
     def window_ended(self, largest: int, retries: int) -> None:
         """A window has been run: in the search, its time is noted and another size comes next."""
-        if self.is_found or not self.has_begun:  # an idle rank has not begun
+        if not self.has_begun:  # an idle rank
+            return
+        if self.is_found:
             super().window_ended(largest, retries)
             return
         laps, self.laps = self.laps, []

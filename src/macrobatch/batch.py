@@ -6,6 +6,7 @@ Ways to a window: `Window(micro_batches)`, `windows(loader, ...)` (module `group
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, islice
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -147,11 +148,11 @@ class Window:
         return f"Window({len(self._filled)} micro-batches{'' if self._source is None else ' so far'})"
 
 
-def check_size(micro_batch_size: int, name: str = "micro_batch_size") -> int:
-    """`micro_batch_size`, an integer of at least 1, or a ValueError."""
-    if isinstance(micro_batch_size, bool) or not isinstance(micro_batch_size, int) or micro_batch_size < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {micro_batch_size!r}")
-    return micro_batch_size
+def check_size(micro_batch_size: int, name: str = "micro_batch_size", advice: str = "") -> int:
+    """`micro_batch_size`, an integer of at least 1, numpy's too, or a ValueError. `advice`: what else may be given."""
+    if isinstance(micro_batch_size, bool) or not isinstance(micro_batch_size, Integral) or micro_batch_size < 1:
+        raise ValueError(f"{name} must be an integer of at least 1{advice}, got {micro_batch_size!r}")
+    return int(micro_batch_size)
 
 
 def cut_batch(batch: Nested, sizes: Sequence[int], own_cut: Cut | None = None) -> list[Nested]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from macrobatch.memory import parse_bytes, physical_memory
+from macrobatch.memory import known_device, parse_bytes, physical_memory
 from macrobatch.storages import format_bytes
 
 # Where a container's own limit and use stand: control groups, version 2 and 1.
@@ -24,12 +24,10 @@ def budget_bytes(max_memory: int | str | None, device: torch.device, held: int =
     """
     if max_memory is None:
         return available_memory(device, held)
-    share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", max_memory) if isinstance(max_memory, str) else None
-    if share is not None:
-        if not 0 < float(share.group(1)) <= 100:
-            raise ValueError(f"max_memory={max_memory!r}: a share of what the device has is above 0% and at most 100%")
-        return int(available_memory(device, held) * float(share.group(1)) / 100)
-    num_bytes, total = parse_bytes(max_memory), device_memory(device)
+    size = _parsed(max_memory)
+    if isinstance(size, float):
+        return int(available_memory(device, held) * size / 100)
+    num_bytes, total = size, device_memory(device)
     if total is not None and num_bytes > total:
         raise ValueError(
             f"max_memory={format_bytes(num_bytes)} is beyond the device: {device} has {format_bytes(total)}, give at "
@@ -38,9 +36,29 @@ def budget_bytes(max_memory: int | str | None, device: torch.device, held: int =
     return num_bytes
 
 
+def check_max_memory(max_memory: int | str | None) -> int | str | None:
+    """`max_memory`, if it is a number of bytes, a share, or None. ValueError otherwise."""
+    if max_memory is not None:
+        _parsed(max_memory)
+    return max_memory
+
+
+def _parsed(max_memory: int | str) -> int | float:
+    """Bytes, an integer, or a share in percent, a float."""
+    share = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*%\s*", max_memory) if isinstance(max_memory, str) else None
+    if share is None:
+        try:
+            return parse_bytes(max_memory)
+        except ValueError as error:
+            raise ValueError(f'max_memory: {error}; or give a share of what the device has, "80%"') from None
+    if not 0 < float(share.group(1)) <= 100:
+        raise ValueError(f"max_memory={max_memory!r}: a share of what the device has is above 0% and at most 100%")
+    return float(share.group(1))
+
+
 def checked_device(device: torch.device | str) -> torch.device:
     """`device`, if plans can be made for it. ValueError otherwise."""
-    checked = torch.device(device)
+    checked = known_device(device)
     if checked.type not in ("cpu", "cuda"):
         raise ValueError(f"plans are made for cpu and cuda devices, got {checked}")
     if checked.type == "cuda" and not torch.cuda.is_available():

@@ -23,6 +23,7 @@ from macrobatch.accumulator import NO_BATCH, Accumulator
 from macrobatch.alignment import random_of, without_ddp
 from macrobatch.auto_size import AutoSize, refuse_coupled
 from macrobatch.batch import Cut, NumSamples, Window, cut_batch
+from macrobatch.budget import check_max_memory
 from macrobatch.coupling import GATHERED_CHOICES
 from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks
 from macrobatch.gathered_forward import Encode, Encoder
@@ -108,7 +109,7 @@ class GatheredAccumulator(Accumulator):
             encode, loss_fn, self._measure, cut, self._limit, self._beginnings, Replay(), random_of(rng, cut)
         )
         self._graphs = _graph_limit(keep_graphs)
-        self._budget = max_memory
+        self._budget = check_max_memory(max_memory)
         self._has_room_for_graphs = max_memory is not None and keep_graphs == "auto"  # how much will be seen
         if max_memory is not None and "auto" not in (keep_graphs, micro_batch_size):
             raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from macrobatch.signatures import check_callable, given
 from macrobatch.storages import LiveStorages, format_bytes
 
 __all__ = ["MemoryMeter", "format_bytes", "memory_limit", "parse_bytes", "peak_memory"]
@@ -32,6 +33,7 @@ def peak_memory(fn: Callable[[], object], *, device: Device = None) -> int:
     >>> peak_memory(lambda: (x @ w).relu())  # x, w, their product, and relu of it: 4 bytes each
     1024
     """
+    check_callable(fn, "fn", (), ". Write peak_memory(lambda: ...)")
     with MemoryMeter(device) as meter:
         fn()
     return meter.peak
@@ -113,16 +115,26 @@ def _unit(name: str) -> int | None:
     return {unit.lower(): size for unit, size in UNITS.items()}.get(name.lower() or "b")
 
 
-def _checked_device(device: Device) -> torch.device:
+def known_device(device: torch.device | str) -> torch.device:
+    """`device` as torch's value. ValueError for what torch does not know."""
     try:
-        checked = torch.device("cpu" if device is None else device)
-    except RuntimeError:
-        raise ValueError(f"device={device!r} is no device of torch's: give 'cpu' or 'cuda'") from None
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device={given(device)} is no device of torch's: give 'cpu' or 'cuda'") from None
+
+
+def _checked_device(device: Device) -> torch.device:
+    checked = known_device("cpu" if device is None else device)
     if checked.type not in ("cpu", "cuda"):
         raise ValueError(f"memory is measured on cpu and cuda devices, got {checked}: leave device out for the CPU's")
     if checked.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device {checked} was asked for, and torch sees no CUDA device here: leave device out for the CPU's"
+        )
+    if checked.type == "cuda" and (checked.index or 0) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise ValueError(
+            f"device {checked} was asked for, and the last that torch sees is cuda:{last}: give that or less"
         )
     if checked.type == "cuda":
         torch.cuda.init()  # without it the allocator has no statistics yet

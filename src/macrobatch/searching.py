@@ -31,12 +31,14 @@ def begin_search(
 
     `batch`: a collated batch, or a window, of which the largest micro-batch stands for all.
     """
-    sample, n = batch, 0
+    sample = batch
     if isinstance(batch, Window):
         sample, n = max(batch.fill().sized(), key=lambda sized: sized[1], default=(None, 0))
-        if n == 0:
-            return
-    n = n or num_samples(batch)
+    else:
+        n = num_samples(batch)
+    if n == 0:
+        limit.wait()
+        return
     with torch.enable_grad():
         found = plan(
             model,

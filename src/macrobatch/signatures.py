@@ -4,27 +4,31 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+
+PLAIN = (str, int, float, list, tuple, dict, set, type(None), torch.dtype, torch.device)  # shown as they were written
 
 
 def check_callable(function: Callable[..., Any], name: str, arguments: tuple[str, ...], advice: str = "") -> None:
     """ValueError if `function`, the argument `name`, cannot be called with `arguments`. `advice`: what to change."""
+    needed = f"{name} must be callable with ({', '.join(arguments)})"
+    if isinstance(function, type):
+        raise ValueError(f"{needed}, got the class {function.__name__}: give one of its objects, or a function")
     called = function.forward if isinstance(function, nn.Module) else function
     try:
         signature = inspect.signature(called)
     except ValueError:
         return  # some builtins have no signature
     except TypeError:
+        of = f" {', '.join(arguments)}" if arguments else ""
         raise ValueError(
-            f"{name} must be callable with ({', '.join(arguments)}), got {function!r}, which cannot be called"
+            f"{needed}, got {given(function)}, which cannot be called: give a function, {name}=lambda{of}: ..."
         ) from None
     try:
         signature.bind(*arguments)
     except TypeError as error:
-        raise ValueError(
-            f"{name} must be callable with ({', '.join(arguments)}), and {_described(function)}{signature} is not: "
-            f"{error}{advice}"
-        ) from None
+        raise ValueError(f"{needed}, and {_described(function)}{signature} is not: {error}{advice}") from None
 
 
 def takes(function: Callable[..., Any], num_arguments: int) -> bool:
@@ -35,6 +39,14 @@ def takes(function: Callable[..., Any], num_arguments: int) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def given(value: Any) -> str:
+    """What was given, in a message: a plain value as it was written, a class by its name, else what it is one of."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    text = repr(value)
+    return text if isinstance(value, PLAIN) and len(text) <= 60 else f"a {type(value).__name__}"
 
 
 def _described(function: Callable[..., Any]) -> str:
