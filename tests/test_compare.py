@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_cli_train import PREPARED
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -37,6 +38,27 @@ def run(*arguments: str | Path, code: int = 0) -> str:
         raise result.exception
     assert result.exit_code == code, result.output
     return " ".join(result.output.split())
+
+
+# ---- before anything is measured
+
+
+def test_a_metric_that_cannot_be_taken_is_named_before_anything_is_measured(tmp_path: Path) -> None:
+    said = run("--task", "test_cli_train:metric_task", "--output", tmp_path / "run", code=2)
+    assert "error: task 'line': the metric 'raises', called as metric(model, micro_batch)" in said
+    assert "Nothing was trained" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_take_their_time_are_prepared_once_and_after_every_check(tmp_path: Path) -> None:
+    PREPARED.clear()
+    task = ["--task", "test_cli_train:slow_data"]
+    run(*task, "--samples", "3000000000", "--batch-size", "41", "--output", tmp_path / "run", code=2)
+    run(*task, "--task-option", "metric=True", "--output", tmp_path / "run", code=2)
+    assert not PREPARED
+    small = ["--samples", "16", "--sharpness", "0"]
+    assert "preparing the data" in run(*task, *small, "--output", tmp_path / "run")
+    assert PREPARED == [(1, 3), (2, 3), (3, 3)]
 
 
 # ---- the whole

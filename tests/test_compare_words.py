@@ -22,7 +22,7 @@ from test_compare_scaling import scaled, with_sharpness
 
 from macrobatch.cli import course_words, scale_words, words
 from macrobatch.cli.compare_options import CompareOptions
-from macrobatch.cli.comparer import Comparer, WholeBatches
+from macrobatch.cli.comparer import Comparer
 from macrobatch.cli.comparison import Comparison, Course, NoisePoint
 from macrobatch.cli.estimates import Estimate
 from macrobatch.cli.figures import COUPLED_PLOTS, PLOTS, Plot, plots_of
@@ -36,13 +36,13 @@ from macrobatch.cli.terminal_table import terminal_table
 
 
 def test_every_effective_batch_is_whole_and_no_sample_comes_twice_in_a_pass() -> None:
-    batches = list(WholeBatches(40, [12] * 7, seed=0))
+    batches = list(UpdateIndices(40, [12] * 7, seed=0))
     assert [len(batch) for batch in batches] == [12] * 7
     passes = [batches[:3], batches[3:6], batches[6:]]
     assert [len({index for batch in each for index in batch}) for each in passes] == [36, 36, 12]
     assert batches[0] != batches[3]
     # Over passes every sample is seen, those left out of one in another.
-    assert {index for batch in WholeBatches(40, [12] * 60, seed=0) for index in batch} == set(range(40))
+    assert {index for batch in UpdateIndices(40, [12] * 60, seed=0) for index in batch} == set(range(40))
     # The control: batches that go on to the end of a pass are not all whole.
     assert [len(batch) for batch in UpdateIndices(40, [12, 12, 12, 4], seed=0)] == [12, 12, 12, 4]
 

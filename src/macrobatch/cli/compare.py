@@ -17,6 +17,8 @@ from macrobatch.cli.estimates import Estimate
 from macrobatch.cli.figures import save_main_picture
 from macrobatch.cli.formats import bytes_text, counted, duration_text
 from macrobatch.cli.gradient_meter import GradientStatistics
+from macrobatch.cli.metric_check import check_metrics
+from macrobatch.cli.preparing import prepare
 from macrobatch.cli.progress import Progress, say
 from macrobatch.cli.report import page
 from macrobatch.cli.runfiles import all_or_nothing, write_json, write_text
@@ -32,8 +34,10 @@ def compare(make_task: Callable[[int], Task], options: CompareOptions, folder: P
     `make_task`: from a seed to the task with the initial weights of that seed.
     """
     comparer = Comparer(make_task(options.seed), options)
+    check_metrics(comparer.task.model.to(comparer.device), comparer.task, comparer.micro_batch_size)
     for line in headline(comparer, folder):
         say(console, line)
+    prepare(comparer.task, console)
     comparison = measure(comparer, make_task, console)
     said = findings(comparison)
     with all_or_nothing(folder):

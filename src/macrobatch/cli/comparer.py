@@ -1,9 +1,8 @@
 """One comparison in the making: its settings, checked, and its steps."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 
 import torch
 from torch import nn
@@ -36,16 +35,6 @@ from macrobatch.tasks.task import num_samples
 
 MOST_VALIDATION_SAMPLES = 512
 SHORTEST_HALF_LIFE = 4.0  # of the noise scale, in windows; else an eighth of the run
-
-
-class WholeBatches(UpdateIndices):
-    """Effective batches that are all whole: what is left of a shuffled pass and too little for one is not drawn."""
-
-    def __iter__(self) -> Iterator[list[int]]:
-        passes = UpdateIndices(self.data_size, [self.data_size] * len(self), self.seed)
-        size = self.sizes[0]
-        whole = range(0, self.data_size // size * size, size)
-        return islice((order[start : start + size] for order in passes for start in whole), len(self))
 
 
 class Comparer:
@@ -175,7 +164,7 @@ class Comparer:
         return memories
 
     def _indices(self, seed: int) -> UpdateIndices:
-        return WholeBatches(self.data_size, [self.batch_size] * self.num_batches, seed)
+        return UpdateIndices(self.data_size, [self.batch_size] * self.num_batches, seed)
 
     def train(self, ways: Sequence[Way], progress: Progress) -> dict[Key, Racer]:
         """Every way has been trained on the samples."""
