@@ -139,6 +139,32 @@ def test_a_budget_that_cannot_be_kept_is_refused_before_the_first_step(max_memor
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("method", ["run", "evaluate"])
+@pytest.mark.parametrize("empty", [lambda: mb.Window([]), lambda: model_and_batch(0)[1]])
+def test_an_empty_batch_is_the_usual_error_and_the_search_begins_with_the_next(method: str, empty: object) -> None:
+    model, batch = model_and_batch()
+    accumulator = mb.Accumulator(model, loss_fn, micro_batch_size="auto", max_memory="50MB")
+    for _ in range(6):
+        with pytest.raises(ValueError, match=r"effective batch is empty: no rank has a sample\. Skip empty"):
+            getattr(accumulator, method)(empty())
+    assert not accumulator._limit.has_begun
+    expected = reference(model, lambda: loss_fn(model, batch))
+    accumulator.run(batch)
+    assert accumulator._limit.has_begun
+    assert difference(gradients(model), expected) <= 1e-12
+
+
+def test_a_rank_without_samples_waits_for_the_search_and_keeps_nothing_of_the_wait() -> None:
+    limit = AutoSize(None)
+    for _ in range(9):
+        limit.wait()
+        limit.window_ended(0, 0)
+    limit.begin(64, 128)
+    fresh = AutoSize(None)
+    fresh.begin(64, 128)
+    assert limit == fresh
+
+
 def test_a_budget_without_auto_is_refused() -> None:
     with pytest.raises(ValueError, match=r"max_memory='6GB' goes with micro_batch_size='auto', got 8"):
         mb.Accumulator(model_and_batch()[0], loss_fn, micro_batch_size=8, max_memory="6GB")

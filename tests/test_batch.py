@@ -327,7 +327,14 @@ def test_windows_of_an_iterator_have_one_pass_and_no_length() -> None:
         with pytest.raises(TypeError, match=r"the loader, a list_iterator, (has no length|does not tell its samples)"):
             len(grouped)
         assert sum(window.num_samples for window in grouped) == 5
-        assert list(grouped) == []
+        with pytest.raises(ValueError, match=r"a list_iterator, was used up in an earlier pass: give what can be iter"):
+            list(grouped)
+
+
+def test_a_pass_that_was_left_goes_on_where_an_iterator_stands() -> None:
+    grouped = mb.windows(iter(numbered(2, 2, 1)), accumulation_steps=1)
+    assert next(iter(grouped)).num_samples == 2
+    assert sum(window.num_samples for window in grouped) == 3
 
 
 def test_a_loader_that_fails_in_the_middle_raises_its_own_error_and_leaves_no_window_that_looks_complete() -> None:
@@ -403,6 +410,100 @@ def test_a_loader_that_does_not_know_its_samples_gives_windows_without_a_length(
 def test_windows_refuse_a_grouping_that_means_nothing(grouping: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mb.windows(numbered(2), **grouping)
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (None, "gives micro-batches when it is iterated, got None: give a DataLoader, or a list of micro-batches"),
+        (7, "got 7: give a DataLoader"),
+        ("data.bin", "got 'data.bin': give a DataLoader"),
+        (torch.nn.Sequential(), "got a Sequential: give a DataLoader"),
+        (TensorDataset(torch.arange(3)), r"got a TensorDataset, which gives samples: give DataLoader\(dataset, batch_"),
+        (torch.arange(3), r"got a Tensor, a batch: give it to Accumulator.run .*, or give \[batch\]"),
+        ({"x": torch.arange(3)}, "got a dict, a batch: give it to Accumulator.run"),
+        (mb.windows([torch.arange(3)], 1), "got a Windows, which gives windows already: run them as they come"),
+    ],
+)
+def test_what_is_no_loader_is_refused_before_it_is_iterated(loader: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mb.windows(loader, accumulation_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"batch_size": lambda: 8},
+            r"batch_size must be callable with \(samples\), and .* is not: too many .* It tells",
+        ),
+        ({"batch_size": mb.BatchSchedule}, "got the class BatchSchedule: give one of its objects, or a function"),
+        (
+            {"batch_size": 3, "cut": 3},
+            r"cut must be callable with \(batch, start, stop\), got 3, which cannot be called",
+        ),
+        ({"batch_size": 3, "num_samples": 4}, r"num_samples must be callable with \(batch\), got 4"),
+        ({"batch_size": 3, "process_group": "gloo"}, "process_group must be 'auto', None .*, got 'gloo'"),
+        ({"accumulation_steps": numbered}, "accumulation_steps must be an integer of at least 1, got a function"),
+    ],
+)
+def test_windows_refuse_what_they_could_not_use_when_they_are_made(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mb.windows(numbered(2), **options)
+
+
+def test_sizes_may_be_integers_of_numpy() -> None:
+    grouped = mb.windows(DataLoader(TensorDataset(torch.arange(10)), batch_size=4), batch_size=np.int64(5))
+    assert [window.num_samples for window in grouped] == [5, 5]
+    assert len(grouped) == 2
+    assert mb.Window(numbered(5)).cut(np.int32(2)).micro_batch_sizes == (2, 2, 1)
+
+
+def test_a_window_of_windows_and_a_count_that_is_no_function_are_refused() -> None:
+    for windows in ([mb.Window(numbered(2))], mb.windows(numbered(2, 2), accumulation_steps=1)):
+        with pytest.raises(
+            ValueError, match="a Window holds micro-batches, and got windows: run each of them as it is"
+        ):
+            mb.Window(windows).fill()
+    with pytest.raises(ValueError, match=r"num_samples must be callable with \(micro_batch\), got 2, which cannot be"):
+        mb.Window(numbered(2), num_samples=2)
+    with pytest.raises(
+        ValueError, match=r"and <lambda>\(\) is not: too many .*\. It returns how many samples there are"
+    ):
+        mb.Window(numbered(2), num_samples=lambda: 2)
+
+
+def test_an_error_inside_an_own_count_stays_its_own() -> None:
+    def broken(micro_batch: Any) -> int:
+        return len(None)
+
+    with pytest.raises(TypeError, match="object of type 'NoneType' has no len"):
+        mb.Window(numbered(2), num_samples=broken)
+
+
+@pytest.mark.parametrize(
+    ("collate", "options", "message"),
+    [
+        (
+            8,
+            {},
+            r"collate must be callable with \(samples\), got 8, which cannot be called: give a function, collate=l",
+        ),
+        (None, {}, r"collate must be callable with \(samples\), got None"),
+        (lambda x, y: x, {}, r"missing a required argument: 'y'. It makes a list of samples a batch"),
+        (list, {"num_samples": 3}, r"num_samples must be callable with \(micro_batch\), got 3"),
+    ],
+)
+def test_a_collation_that_cannot_work_is_refused_before_workers_start(
+    collate: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        mb.collate_windows(collate, micro_batch_size=8, **options)
+
+
+def test_a_class_may_collate() -> None:
+    window = mb.collate_windows(list, micro_batch_size=2, num_samples=len)(sentences(3))
+    assert (window.micro_batch_sizes, [type(micro_batch) for micro_batch in window]) == ((2, 1), [list, list])
 
 
 def test_a_loader_that_yields_windows_is_not_grouped_again() -> None:

@@ -92,6 +92,42 @@ def test_an_exception_passes_through_and_gradients_are_as_before() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"count": 13},
+            r"count must be callable with \(micro_batch\), got 13, which cannot be called: give a function",
+        ),
+        (
+            {"count": lambda model, batch: 1},
+            r"missing a required argument: 'batch'. It tells the loss terms of one micro",
+        ),
+        ({"device": "gpu"}, "device='gpu' is no device of torch's: give 'cpu' or 'cuda'"),
+        ({"process_group": "gloo"}, "process_group must be 'auto', None for this process alone, .* got 'gloo'"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused_before_the_loop(options: dict[str, object], message: str) -> None:
+    model, batch = regressor(), points()
+    with pytest.raises(ValueError, match=message), mb.accumulate(mb.Window([batch]), model, **options):
+        pass
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_error_inside_an_own_count_stays_its_own() -> None:
+    def broken(micro_batch: object) -> int:
+        return len(None)
+
+    context = mb.accumulate(mb.Window([points()]), regressor(), broken)
+    with pytest.raises(TypeError, match="object of type 'NoneType' has no len"), context:
+        pass
+
+
+def test_a_loop_over_it_without_with_says_how_to_write_it() -> None:
+    with pytest.raises(TypeError, match=r"is a context: with accumulate\(window, model\) as steps: for ... in steps"):
+        list(mb.accumulate(mb.Window([points()]), regressor()))
+
+
 def test_bad_input_is_refused_before_the_loop() -> None:
     model, batch = regressor(), points()
     with pytest.raises(ValueError, match="accumulate takes a Window, got a tuple"):

@@ -652,6 +652,40 @@ def test_another_kind_of_device_is_an_error(device: Any) -> None:
         peak_memory(lambda: None, device=device)
 
 
+@pytest.mark.parametrize(
+    ("device", "shown"),
+    [("gpu", "'gpu'"), ("", "''"), (1.5, "1.5"), (True, "True"), (torch.nn.ReLU(), "a ReLU"), ("cuda:x", "'cuda:x'")],
+)
+def test_a_device_that_torch_does_not_know_is_an_error(device: Any, shown: str) -> None:
+    message = f"device={shown} is no device of torch's: give 'cpu' or 'cuda'"
+    for measure in (lambda: peak_memory(lambda: None, device=device), memory_limit("1GB", device=device).__enter__):
+        with pytest.raises(ValueError, match=message):
+            measure()
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (
+            torch.ones(3),
+            r"fn must be callable with \(\), got a Tensor, which cannot be called: give a function, fn=lambda",
+        ),
+        (None, r"fn must be callable with \(\), got None, which cannot be called"),
+        (lambda batch: batch, r"missing a required argument: 'batch'. Write peak_memory\(lambda: \.\.\.\)"),
+    ],
+)
+def test_what_cannot_be_called_without_arguments_cannot_be_measured(fn: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        peak_memory(fn)
+
+
+@pytest.mark.gpu
+def test_a_cuda_device_beyond_the_last_is_an_error() -> None:
+    last = torch.cuda.device_count() - 1
+    with pytest.raises(ValueError, match=f"device cuda:63 was asked for, and the last that torch sees is cuda:{last}"):
+        peak_memory(lambda: None, device="cuda:63")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without CUDA")
 def test_a_cuda_device_that_is_not_there_is_an_error() -> None:
     with pytest.raises(ValueError, match="cuda:0 was asked for, and torch sees no CUDA device"):

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import difference, reference
@@ -464,7 +465,8 @@ def test_one_optimizer_after_the_other_with_one_report_trains_the_first_and_says
     start, report = values(model), accumulator(model).run(data())
     with pytest.warns(UserWarning, match="give all optimizers in one call"):
         first = mb.apply_update(SGD(model.inner.parameters(), lr=0.1), report)
-    second = mb.apply_update(SGD(model.outer.parameters(), lr=0.1), report)
+    with pytest.warns(UserWarning, match="no parameter of the optimizer has a gradient.* An update before it"):
+        second = mb.apply_update(SGD(model.outer.parameters(), lr=0.1), report)
     assert (first.applied, second.applied) == (True, False)
     moved = [not torch.equal(a, b) for a, b in zip(start, values(model), strict=True)]
     assert moved == [True, True, False, False]
@@ -506,7 +508,8 @@ def test_frozen_modules_and_frozen_parameters_stay_without_gradient() -> None:
 def test_parameters_without_a_gradient_are_left_alone() -> None:
     model = net()
     start = values(model)
-    update = mb.apply_update(AdamW(model.parameters(), lr=0.1), max_norm=1.0)
+    with pytest.warns(UserWarning, match="no parameter of the optimizer has a gradient"):
+        update = mb.apply_update(AdamW(model.parameters(), lr=0.1), max_norm=1.0)
     assert float(update.grad_norm) == 0
     assert same_state(values(model), start)
 
@@ -517,22 +520,70 @@ def test_parameters_without_a_gradient_are_left_alone() -> None:
 
 @pytest.mark.parametrize(
     ("optimizer", "name"),
-    [(None, "NoneType"), (3, "int"), (nn.Linear(2, 2), "Linear"), ("sgd", "str"), ([None], "NoneType")],
+    [(None, "None"), (3, "3"), (nn.Linear(2, 2), "a Linear"), ("sgd", "'sgd'"), ([None], "None"), ([[]], r"\[\]")],
 )
 def test_what_is_no_optimizer_is_refused(optimizer: Any, name: str) -> None:
-    with pytest.raises(ValueError, match=f"apply_update takes a torch optimizer, or several, got a {name}"):
+    message = rf"takes a torch optimizer, or several, got {name}\. The order is apply_update\(optimizer, report\)"
+    with pytest.raises(ValueError, match=message):
         mb.apply_update(optimizer)
 
 
-def test_no_optimizer_at_all_is_refused() -> None:
-    with pytest.raises(ValueError, match="apply_update got no optimizer"):
-        mb.apply_update([])
+def test_a_loader_given_as_optimizer_is_refused_and_not_read() -> None:
+    class Unread(torch.utils.data.Dataset[Tensor]):
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> Tensor:
+            raise AssertionError("it was read")
+
+    with pytest.raises(ValueError, match="or several, got a DataLoader"):
+        mb.apply_update(torch.utils.data.DataLoader(Unread()))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("max_norm", [0, -1.0, math.nan])
-def test_a_norm_to_clip_to_must_be_positive(max_norm: float) -> None:
-    with pytest.raises(ValueError, match=f"max_norm must be positive, or None for no clipping, got {max_norm}"):
+def test_what_belongs_to_an_optimizer_is_refused_with_what_to_give() -> None:
+    optimizer = SGD(net().parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with pytest.raises(ValueError, match=r"got a StepLR: a scheduler is stepped by you, .*\. Give scheduler.optimizer"):
+        mb.apply_update(scheduler)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"got a dict: give its values, list\(optimizers.values\(\)\)"):
+        mb.apply_update({"adam": optimizer})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"got the class SGD: give SGD\(model.parameters\(\), ...\), made once"):
+        mb.apply_update(SGD)  # type: ignore[arg-type]
+
+
+def test_several_optimizers_come_in_any_collection() -> None:
+    for several in (tuple, set, iter, lambda made: dict(enumerate(made)).values()):
+        model = net()
+        report = accumulator(model).run(data())
+        optimizers = [SGD(part.parameters(), lr=0.1) for part in (model.inner, model.outer)]
+        assert mb.apply_update(several(optimizers), report).applied  # type: ignore[operator]
+
+
+def test_no_optimizer_at_all_is_refused_and_one_given_twice() -> None:
+    for nothing in ([], iter(())):
+        with pytest.raises(
+            ValueError, match="apply_update got no optimizer, but an empty sequence or an iterator that"
+        ):
+            mb.apply_update(nothing)  # type: ignore[arg-type]
+    optimizer = SGD(net().parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="got an optimizer twice, which would make two steps: give each once"):
+        mb.apply_update([optimizer, optimizer])
+
+
+@pytest.mark.parametrize(
+    ("max_norm", "shown"),
+    [(0, "0"), (-1.0, "-1.0"), (math.nan, "nan"), (True, "True"), ("1", "'1'"), (torch.tensor(1.0), "a Tensor")],
+)
+def test_a_norm_to_clip_to_must_be_a_positive_number(max_norm: Any, shown: str) -> None:
+    message = f"max_norm must be positive, or None for no clipping, got {shown}: give a number above 0"
+    with pytest.raises(ValueError, match=message):
         mb.apply_update(SGD(net().parameters(), lr=0.1), max_norm=max_norm)
+
+
+def test_a_norm_to_clip_to_may_be_a_number_of_numpy() -> None:
+    model = net()
+    report = accumulator(model).run(data())
+    assert mb.apply_update(SGD(model.parameters(), lr=0.1), report, max_norm=np.float32(0.5)).applied
 
 
 def test_an_unknown_answer_to_non_finite_gradients_is_refused() -> None:
@@ -576,13 +627,29 @@ def test_without_any_gradient_nothing_is_applied() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.5)
     report = mb.Accumulator(model, lambda m, b: m(b).mean(), micro_batch_size=2).run(torch.ones(4, 3))
     assert mb.apply_update(optimizer, report).applied
-    assert not mb.apply_update(optimizer, report).applied
-    assert not mb.apply_update(optimizer).applied
+    start = values(model)
+    with pytest.warns(UserWarning, match=r"no step is made: apply each report once, right after the run that returned"):
+        assert not mb.apply_update(optimizer, report).applied
+    with pytest.warns(
+        UserWarning, match=r"no step is made: run a window before each update, with accumulator.run\(bat"
+    ):
+        assert not mb.apply_update(optimizer).applied
+    assert same_state(values(model), start)
 
 
-def test_what_is_no_report_and_a_norm_that_is_no_number_are_refused() -> None:
+def test_the_report_of_evaluate_is_none_to_update_with() -> None:
+    model = net()
+    report = accumulator(model).evaluate(data())
+    with pytest.warns(UserWarning, match="has dropped the gradients, and evaluate makes none") as warned:
+        assert not mb.apply_update(SGD(model.parameters(), lr=0.1), report).applied
+    assert [warning.filename for warning in warned] == [__file__]
+
+
+def test_what_is_no_report_is_refused() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
     with pytest.raises(ValueError, match=r"report must be what Accumulator.run returned, got a Window"):
         mb.apply_update(optimizer, mb.Window([]))
-    with pytest.raises(ValueError, match="max_norm must be positive, or None for no clipping, got '1'"):
-        mb.apply_update(optimizer, max_norm="1")
+    runner = accumulator(net())
+    for other, name in ((runner, "Accumulator"), (runner.run, "method")):
+        with pytest.raises(ValueError, match=rf"got a {name}: give report=accumulator.run\(batch\)"):
+            mb.apply_update(optimizer, other)  # type: ignore[arg-type]

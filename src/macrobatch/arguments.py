@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
@@ -151,7 +151,7 @@ def check_group(process_group: GroupChoice) -> GroupChoice:
 
 def check_frozen(frozen: Iterable[nn.Module]) -> list[nn.Module]:
     """The modules of `frozen`, which may be one alone."""
-    many = isinstance(frozen, Iterable) and not isinstance(frozen, nn.Module | str)
+    many = isinstance(frozen, Iterable) and not isinstance(frozen, nn.Module | Tensor | str)
     modules: list[Any] = list(frozen) if many else [frozen]
     for module in modules:
         if not isinstance(module, nn.Module):

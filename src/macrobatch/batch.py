@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from macrobatch import structure
+from macrobatch.signatures import check_callable, given
 from macrobatch.structure import Nested, even_sizes
 
 Cut = Callable[[Nested, int, int], Nested]
@@ -43,7 +44,7 @@ class Window:
         if isinstance(micro_batches, Window):
             self._draw_from(micro_batches.sized())
         else:
-            self._draw_from((micro_batch, num_samples(micro_batch)) for micro_batch in micro_batches)
+            self._draw_from(_counted(micro_batches, num_samples))
         if isinstance(micro_batches, Sequence | Window):
             self.fill()
 
@@ -148,10 +149,25 @@ class Window:
         return f"Window({len(self._filled)} micro-batches{'' if self._source is None else ' so far'})"
 
 
+def _counted(micro_batches: Iterable[Nested], num_samples: NumSamples) -> Iterator[Counted]:
+    """Each micro-batch and its number of samples. What went wrong is looked for only where something did."""
+    for micro_batch in micro_batches:
+        try:
+            n = num_samples(micro_batch)
+        except (TypeError, ValueError):
+            if isinstance(micro_batch, Window):
+                raise ValueError("a Window holds micro-batches, and got windows: run each of them as it is") from None
+            check_callable(num_samples, "num_samples", ("micro_batch",), ". It returns how many samples there are")
+            raise
+        yield micro_batch, n
+
+
 def check_size(micro_batch_size: int, name: str = "micro_batch_size", advice: str = "") -> int:
     """`micro_batch_size`, an integer of at least 1, numpy's too, or a ValueError. `advice`: what else may be given."""
+    if type(micro_batch_size) is int and micro_batch_size >= 1:  # each window is cut by one
+        return micro_batch_size
     if isinstance(micro_batch_size, bool) or not isinstance(micro_batch_size, Integral) or micro_batch_size < 1:
-        raise ValueError(f"{name} must be an integer of at least 1{advice}, got {micro_batch_size!r}")
+        raise ValueError(f"{name} must be an integer of at least 1{advice}, got {given(micro_batch_size)}")
     return int(micro_batch_size)
 
 
@@ -178,6 +194,9 @@ class collate_windows:
         micro_batch_size: int,
         num_samples: NumSamples = structure.num_samples,
     ) -> None:
+        if not isinstance(collate, type):  # `list` leaves samples of unlike size apart
+            check_callable(collate, "collate", ("samples",), ". It makes a list of samples a batch")
+        check_callable(num_samples, "num_samples", ("micro_batch",), ". It returns how many samples there are")
         self.collate = collate
         self.micro_batch_size = check_size(micro_batch_size)
         self.num_samples = num_samples

@@ -1,11 +1,18 @@
 """Windows from an existing loader: its micro-batches grouped by their number, or by the samples in them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from itertools import islice
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from macrobatch import structure
+from macrobatch.arguments import check_cut, check_group, check_num_samples
 from macrobatch.batch import Counted, Cut, NumSamples, Window, check_size, cut_batch
 from macrobatch.distributed import AUTO, GroupChoice, Ranks
+from macrobatch.signatures import check_callable, given
 from macrobatch.structure import Nested
 
 BatchSize = int | Callable[[int], int]  # one size, or that of the next window by the samples in those before it
@@ -28,16 +35,22 @@ def windows(
     every rank yields equally many windows: a rank whose loader ended yields empty ones. ValueError unless one of the
     two is given.
     """
+    _check_loader(loader)
     if (accumulation_steps is None) == (batch_size is None):
         raise ValueError(
             f"give either accumulation_steps or batch_size, got accumulation_steps={accumulation_steps}, "
             f"batch_size={batch_size}"
         )
     if accumulation_steps is not None:
-        check_size(accumulation_steps, "accumulation_steps")
-    if batch_size is not None and not callable(batch_size):
-        check_size(batch_size, "batch_size")
-    return Windows(loader, accumulation_steps, batch_size, cut, num_samples, process_group)
+        accumulation_steps = check_size(accumulation_steps, "accumulation_steps")
+    if callable(batch_size):
+        check_callable(
+            batch_size, "batch_size", ("samples",), ". It tells the size of the window after so many samples"
+        )
+    elif batch_size is not None:
+        batch_size = check_size(batch_size, "batch_size")
+    num_samples = check_num_samples(num_samples) or structure.num_samples
+    return Windows(loader, accumulation_steps, batch_size, check_cut(cut), num_samples, check_group(process_group))
 
 
 class Windows:
@@ -58,17 +71,24 @@ class Windows:
         self._cut = cut
         self._num_samples = num_samples
         self._process_group = process_group
+        self._was_used_up = False  # an iterator that has been read to its end
 
     def __iter__(self) -> Iterator[Window]:
         ranks = Ranks.of(self._process_group)
         source = _PushBack(self._sized_micro_batches())
-        grouped = 0  # samples in the windows so far, over all ranks
+        grouped, is_empty = 0, True  # samples in the windows so far, over all ranks
         while ranks.any(not source.is_exhausted()):
             size = self._size_after(grouped)
             window = Window.of_sized(self._take(source, size, ranks))
-            grouped += size
+            grouped, is_empty = grouped + size, False
             yield window
             window.fill()  # what the user left undrawn belongs to this window, not to the next
+        if is_empty and self._was_used_up:
+            raise ValueError(
+                f"the loader, a {type(self.loader).__name__}, was used up in an earlier pass: give what can be "
+                "iterated anew in each epoch, a DataLoader or a list"
+            )
+        self._was_used_up = isinstance(self.loader, Iterator)
 
     def __len__(self) -> int:
         """Windows on this rank. TypeError where the loader has no length, or does not tell its samples."""
@@ -104,6 +124,20 @@ class Windows:
             missing -= n
             if missing == 0:
                 return
+
+
+def _check_loader(loader: Any) -> None:
+    """ValueError for what gives no micro-batches when it is iterated."""
+    needed = f"windows takes a loader, which gives micro-batches when it is iterated, got {given(loader)}"
+    if isinstance(loader, Windows):
+        raise ValueError(f"{needed}, which gives windows already: run them as they come")
+    if isinstance(loader, Dataset) and not isinstance(loader, Iterable):
+        raise ValueError(f"{needed}, which gives samples: give DataLoader(dataset, batch_size=...)")
+    if isinstance(loader, Tensor | np.ndarray | Mapping):
+        raise ValueError(f"{needed}, a batch: give it to Accumulator.run with a micro_batch_size, or give [batch]")
+    is_other = isinstance(loader, nn.Module | str)
+    if is_other or not (isinstance(loader, Iterable) or hasattr(loader, "__getitem__")):
+        raise ValueError(f"{needed}: give a DataLoader, or a list of micro-batches")
 
 
 def share(batch_size: int, ranks: Ranks) -> int:

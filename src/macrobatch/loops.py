@@ -6,15 +6,17 @@ each backward runs on `loss_sum / total`. In float16 that may underflow; there u
 
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
+from macrobatch.arguments import check_count, check_group
 from macrobatch.batch import Window
 from macrobatch.devices import device_of, on_device
 from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks
 from macrobatch.gradients import WindowGradients, multiply_
+from macrobatch.memory import known_device
 from macrobatch.modules import ddp_modules, modules_of
 from macrobatch.structure import Nested
 from macrobatch.tally import CountFn, count_window, ratio
@@ -50,7 +52,9 @@ class accumulate:
         self._window = window
         self._modules = modules_of(model)
         self._count = count
-        self._device = None if device is None else torch.device(device)
+        self._device = None if device is None else known_device(device)
+        if process_group is not AUTO:
+            check_group(process_group)
         self._process_group = process_group
         self._finished = False
 
@@ -63,7 +67,11 @@ class accumulate:
         home = device or torch.device("cpu")
         sizes = iter(self._window.micro_batch_sizes)
         count = self._count or (lambda _: next(sizes))
-        totals, num_micro_batches = count_window(self._window, count, self._ranks, home)
+        try:
+            totals, num_micro_batches = count_window(self._window, count, self._ranks, home)
+        except TypeError:  # a look at it in time would cost each window more than all else here
+            check_count(self._count)
+            raise
         if num_micro_batches == 0:
             raise ValueError("the effective batch is empty: no rank has a sample. Skip empty windows")
         self._gradients.__enter__()
@@ -73,6 +81,10 @@ class accumulate:
         # DDP averages over ranks, so a share counts for all of them; what is summed is divided again at the end.
         shares = {name: ratio(float(self._ranks.size), total) for name, total in totals.items()}
         return self._steps(shares if list(shares) != [LOSS] else shares[LOSS], device)
+
+    def __iter__(self) -> NoReturn:
+        """TypeError: it must be entered first, since only then is it known when the loop is left."""
+        raise TypeError("accumulate(...) is a context: with accumulate(window, model) as steps: for ... in steps: ...")
 
     def _steps(self, share: Share, device: torch.device | None) -> Iterator[tuple[Nested, Share]]:
         for micro_batch, _, is_last in on_device(self._window.sized(), device):

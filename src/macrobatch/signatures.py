@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-PLAIN = (str, int, float, list, tuple, dict, set, type(None), torch.dtype, torch.device)  # shown as they were written
+PLAIN = (str, int, float, list, tuple, type(None), torch.dtype, torch.device)  # shown as they were written
+SHORT = 60  # letters
 
 
 def check_callable(function: Callable[..., Any], name: str, arguments: tuple[str, ...], advice: str = "") -> None:
@@ -45,8 +46,8 @@ def given(value: Any) -> str:
     """What was given, in a message: a plain value as it was written, a class by its name, else what it is one of."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    text = repr(value)
-    return text if isinstance(value, PLAIN) and len(text) <= 60 else f"a {type(value).__name__}"
+    text = repr(value) if isinstance(value, PLAIN) else ""
+    return text if 0 < len(text) <= SHORT else f"a {type(value).__name__}"
 
 
 def _described(function: Callable[..., Any]) -> str:

@@ -1,8 +1,9 @@
 """From gradients to parameters: agree on finiteness, clip, step, zero, in that order, once for each effective batch."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set, ValuesView
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from macrobatch.distributed import Ranks
 from macrobatch.gradients import norm_of
 from macrobatch.report import Report
+from macrobatch.signatures import given
 
 NAMED = 3  # parameters that a message names, of those that it is about
 
@@ -44,7 +47,7 @@ def apply_update(
     """
     optimizers = _checked(optimizer)
     if report is not None and not isinstance(report, Report):
-        raise ValueError(f"report must be what Accumulator.run returned, got a {type(report).__name__}")
+        raise ValueError(f"report must be what Accumulator.run returned, got {given(report)}{_report_of(report)}")
     _check_options(max_norm, nonfinite)
     if nonfinite == "ignore" and report is not None and report.scaler is not None:
         raise ValueError(
@@ -56,6 +59,8 @@ def apply_update(
         _check_held(owned, [p for p in report.parameters if p.grad is not None], report.modules)
     grad_norm = norm_of(p.grad for p in parameters)
     has_gradients = any(p.grad is not None for p in parameters)
+    if not has_gradients:
+        _warn_of_no_gradient(report)
     applied = (nonfinite == "ignore" or _may_step(grad_norm, report)) and has_gradients
     if applied:
         if max_norm is not None:
@@ -89,6 +94,20 @@ def _check_held(
         "Accumulator",
         stacklevel=3,  # the line that calls apply_update: python shows it once for each
     )
+
+
+def _warn_of_no_gradient(report: Report | None) -> None:
+    """A warning where a gradient was to be expected: not after a window that had no terms."""
+    if report is None:
+        expected = "run a window before each update, with accumulator.run(batch), or in the loop of accumulate(...)"
+    elif report.has_terms:
+        expected = (
+            "apply each report once, right after the run that returned it. An update before it, or zero_grad() in "
+            "between, has dropped the gradients, and evaluate makes none"
+        )
+    else:
+        return
+    warnings.warn(f"no parameter of the optimizer has a gradient, so no step is made: {expected}", stacklevel=3)
 
 
 def _named(parameters: Sequence[nn.Parameter], modules: Sequence[nn.Module]) -> str:
@@ -131,18 +150,39 @@ def _drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _checked(optimizer: Any) -> list[Optimizer]:
-    optimizers = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
+    if isinstance(optimizer, Optimizer):
+        optimizers = [optimizer]
+    else:  # several, and nothing that merely can be iterated: a loader would load all its data
+        several = isinstance(optimizer, Sequence | Set | ValuesView | Iterator) and not isinstance(optimizer, str)
+        optimizers = list(optimizer) if several else [optimizer]
     for each in optimizers:
         if not isinstance(each, Optimizer):
-            raise ValueError(f"apply_update takes a torch optimizer, or several, got a {type(each).__name__}")
+            raise ValueError(f"apply_update takes a torch optimizer, or several, got {given(each)}{_instead_of(each)}")
         if isinstance(each, LBFGS):
             raise ValueError(
                 "LBFGS evaluates the loss several times for a step, so it needs a closure: "
                 "optimizer.step(closure) with def closure(): optimizer.zero_grad(); return accumulator.run(batch).loss"
             )
     if not optimizers:
-        raise ValueError("apply_update got no optimizer")
+        raise ValueError("apply_update got no optimizer, but an empty sequence or an iterator that was used up")
+    if len({id(each) for each in optimizers}) < len(optimizers):
+        raise ValueError("apply_update got an optimizer twice, which would make two steps: give each once")
     return optimizers
+
+
+def _instead_of(other: Any) -> str:
+    if isinstance(other, LRScheduler):
+        return ": a scheduler is stepped by you, after the update. Give scheduler.optimizer"
+    if isinstance(other, Mapping):
+        return ": give its values, list(optimizers.values())"
+    if isinstance(other, type) and issubclass(other, Optimizer):
+        return f": give {other.__name__}(model.parameters(), ...), made once before training"
+    return ". The order is apply_update(optimizer, report)"
+
+
+def _report_of(other: Any) -> str:
+    is_run = callable(other) and getattr(other, "__name__", "") == "run"
+    return ": give report=accumulator.run(batch)" if is_run or hasattr(other, "run") else ""
 
 
 def _check_options(max_norm: float | None, nonfinite: str) -> None:
@@ -153,5 +193,7 @@ def _check_options(max_norm: float | None, nonfinite: str) -> None:
 
 def check_max_norm(max_norm: float | None) -> None:
     """ValueError for what is no norm to clip to."""
-    if max_norm is not None and not (isinstance(max_norm, int | float) and max_norm > 0):
-        raise ValueError(f"max_norm must be positive, or None for no clipping, got {max_norm!r}")
+    if max_norm is not None and (isinstance(max_norm, bool) or not isinstance(max_norm, Real) or not max_norm > 0):
+        raise ValueError(
+            f"max_norm must be positive, or None for no clipping, got {given(max_norm)}: give a number above 0"
+        )
