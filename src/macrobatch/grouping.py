@@ -33,7 +33,7 @@ def windows(
     border of a window is cut there. `batch_size(n)`, a `BatchSchedule` for one, is the size of the window that comes
     after n samples of this pass, the same on every rank. The last window is as short as the data. Under a process group
     every rank yields equally many windows: a rank whose loader ended yields empty ones. ValueError unless one of the
-    two is given.
+    two is given, for what gives no micro-batches, and for a second pass over an iterator that was used up.
     """
     _check_loader(loader)
     if (accumulation_steps is None) == (batch_size is None):

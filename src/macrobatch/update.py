@@ -43,7 +43,7 @@ def apply_update(
     brings the GradScaler to update and the ranks to agree with; without it nothing is communicated. Costs one host
     sync, none with `nonfinite="ignore"`, which steps whatever the gradients are. The scheduler is the caller's: step
     it if `applied`. ValueError if the optimizers hold nothing that the window has gradients for; UserWarning, once for
-    each place in the code, if they lack some of it.
+    each place in the code, if they lack some of it, and if there is no gradient at all where one was to be expected.
     """
     optimizers = _checked(optimizer)
     if report is not None and not isinstance(report, Report):
