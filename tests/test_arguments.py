@@ -14,6 +14,7 @@ from helpers import clear, gradients
 from test_accumulator import mean_square, points, regressor
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import macrobatch as mb
 from macrobatch import arguments
@@ -200,6 +201,23 @@ def test_float16_without_a_scaler_is_warned_of_and_loses_the_gradients_that_the_
 def test_the_warning_says_what_to_give(make: Make, autocast: Any) -> None:
     with pytest.warns(UserWarning, match=r"float16 without a scaler: .* Give scaler=.*, or autocast=torch.bfloat16"):
         make(regressor(), autocast=autocast)
+
+
+@pytest.mark.parametrize("make", [plain, gathered])
+def test_a_warning_is_about_the_users_line(make: Make) -> None:
+    with pytest.warns(UserWarning, match="float16 without a scaler") as warned:
+        make(regressor(), autocast=torch.float16)
+    assert [warning.filename for warning in warned] == [__file__]
+
+
+def test_a_warning_from_within_an_epoch_is_about_the_users_line() -> None:
+    model, stranger = nn.Linear(3, 1), nn.Linear(3, 1)
+    both = nn.ModuleList([model, stranger])
+    both.forward = lambda x: model(x) + stranger(x)  # type: ignore[method-assign]
+    loader = DataLoader(TensorDataset(torch.ones(4, 3), torch.ones(4, 1)), batch_size=2)
+    with pytest.warns(UserWarning, match="in no optimizer") as warned:
+        mb.train_epoch(both, loader, torch.optim.SGD(model.parameters(), lr=0.1), nn.MSELoss(), accumulation_steps=2)
+    assert [warning.filename for warning in warned] == [__file__]
 
 
 def test_an_autocast_that_is_switched_off_is_not_warned_of() -> None:

@@ -25,6 +25,7 @@ LEVELS = (
     # L0 values
     ("modules",),
     (
+        "callers",
         "containers",
         "distributed",
         "engine",

@@ -15,6 +15,7 @@ from torch.nn.modules.loss import _Loss
 
 from macrobatch.auto_size import AutoSize
 from macrobatch.batch import Cut, NumSamples, check_size
+from macrobatch.callers import first_outside
 from macrobatch.distributed import AUTO, GroupChoice
 from macrobatch.memory import known_device
 from macrobatch.signatures import check_callable, given
@@ -101,7 +102,7 @@ def _warn_of_underflow(autocast: Autocast) -> None:
         warnings.warn(
             "autocast in float16 without a scaler: gradients below 6e-8 become 0 on their way back. Give "
             "scaler=torch.amp.GradScaler('cuda'), or autocast=torch.bfloat16, which needs none",
-            stacklevel=4,  # the line that makes the Accumulator
+            stacklevel=first_outside(),
         )
 
 

@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from macrobatch.callers import first_outside
 from macrobatch.distributed import Ranks
 from macrobatch.gradients import norm_of
 from macrobatch.report import Report
@@ -92,7 +93,7 @@ def _check_held(
         "Add them to an optimizer (a loss has parameters of its own), give all optimizers in one call, "
         "apply_update([first, second], report), or train without them: requires_grad_(False), or frozen= of the "
         "Accumulator",
-        stacklevel=3,  # the line that calls apply_update: python shows it once for each
+        stacklevel=first_outside(),  # python shows it once for each line
     )
 
 
@@ -107,7 +108,9 @@ def _warn_of_no_gradient(report: Report | None) -> None:
         )
     else:
         return
-    warnings.warn(f"no parameter of the optimizer has a gradient, so no step is made: {expected}", stacklevel=3)
+    warnings.warn(
+        f"no parameter of the optimizer has a gradient, so no step is made: {expected}", stacklevel=first_outside()
+    )
 
 
 def _named(parameters: Sequence[nn.Parameter], modules: Sequence[nn.Module]) -> str:

@@ -1,7 +1,6 @@
 """Ways to run the micro-batches of a window: one after the other, or in lockstep where a layer couples them."""
 
 import gc
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +16,7 @@ from macrobatch.alignment import Random, Rng, Rows, drawn_anew, random_of
 from macrobatch.arguments import limit_of
 from macrobatch.batch import Cut, Window
 from macrobatch.budget import budget_bytes
+from macrobatch.callers import first_outside
 from macrobatch.coupling import coupled_layers, coupling_message
 from macrobatch.devices import on_device
 from macrobatch.distributed import GradientReduction, GroupChoice
@@ -254,13 +254,5 @@ def warn_of_coupling(modules: Sequence[nn.Module], choices: str) -> bool:
     """A UserWarning that names the layers which couple samples, and the choices; whether there are any."""
     layers = coupled_layers(modules)
     if layers:
-        warnings.warn(coupling_message(layers, choices), stacklevel=_first_outside())
+        warnings.warn(coupling_message(layers, choices), stacklevel=first_outside())
     return bool(layers)
-
-
-def _first_outside() -> int:
-    """How many calls above its caller the first line is that is not this package's own: the user's."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("macrobatch."):
-        level, frame = level + 1, frame.f_back
-    return level
