@@ -508,6 +508,36 @@ def a_sum_or_metric_that_appears_in_a_later_window_is_an_error_on_every_rank(wor
     assert torch.equal(again.metrics["accuracy"], before.metrics["accuracy"])
 
 
+def a_metric_may_be_given_where_nothing_is_trained_alone(world: int) -> None:
+    batch, sizes = everything(sum(sizes_for(world))), sizes_for(world)
+    mine = share_of(batch, sizes)
+
+    def loss_fn(m: nn.Module, b: Batch) -> mb.Loss:
+        loss_sum, weight = token_sum(m, b)
+        right = (m(b["tokens"]).argmax(1) == b["labels"]).sum()
+        return mb.Loss(loss_sum, weight, {} if torch.is_grad_enabled() else {"right": right})
+
+    ddp = DDP(model := tagger())
+    with torch.no_grad():
+        expected = (model(batch["tokens"]).argmax(1) == batch["labels"]).sum() / token_sum(model, batch)[1]
+    for evaluates_first in (False, True):
+        accumulator = mb.Accumulator(ddp, loss_fn, micro_batch_size=2)
+        for evaluates in (evaluates_first, not evaluates_first, evaluates_first):
+            clear(model)
+            report = accumulator.evaluate(mine) if evaluates else accumulator.run(mine)
+            assert set(report.metrics) == ({"right"} if evaluates else set())
+            if evaluates:
+                assert abs(float(report.metrics["right"]) - float(expected)) < 1e-6
+
+
+def a_static_graph_is_refused_where_it_would_reduce_too_early(world: int) -> None:
+    model, batch = tagger(), share_of(everything(sum(sizes_for(world))), sizes_for(world))
+    accumulator = mb.Accumulator(DDP(model, static_graph=True), token_sum, micro_batch_size=2)
+    refused(ValueError, "static_graph=True reduces in the first backward", lambda: accumulator.run(batch))
+    assert all(p.grad is None for p in model.parameters())
+    assert accumulator.evaluate(batch).has_terms  # which has no backward
+
+
 def a_forward_that_failed_after_its_buffers_were_broadcast_runs_again_without_a_broadcast(world: int) -> None:
     batch, sizes = everything(sum(sizes_for(world))), sizes_for(world)
     model = tagger()  # with a buffer: every forward under DDP begins with a broadcast, in which all ranks take part
@@ -537,9 +567,12 @@ def out_of_memory_in_a_backward_that_communicates_is_an_error_that_says_what_to_
     def failing(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         calls[0] += 1
         loss, weight = token_sum(model, batch)
-        if ddp.require_backward_grad_sync and calls[0] < 20:
-            loss.register_hook(raise_out_of_memory)  # before anything is sent, on all ranks alike
+        loss.register_hook(fail_where_ddp_communicates)
         return loss, weight
+
+    def fail_where_ddp_communicates(_: Tensor) -> None:
+        if ddp.require_backward_grad_sync and calls[0] < 20:  # before anything is sent, on all ranks alike
+            raise torch.OutOfMemoryError("injected")
 
     accumulator = mb.Accumulator(ddp, failing, micro_batch_size=2)
     refused(torch.OutOfMemoryError, "in which DDP communicates", lambda: accumulator.run(batch))
@@ -550,8 +583,31 @@ def out_of_memory_in_a_backward_that_communicates_is_an_error_that_says_what_to_
     close(gradients(model), expected)
 
 
-def raise_out_of_memory(_: Tensor) -> None:
-    raise torch.OutOfMemoryError("injected")
+def out_of_memory_between_the_last_forward_and_its_backward_is_recovered(world: int) -> None:
+    """Where a loss over logits needs most: DDP's own forward is over, and other ranks wait for one reduction."""
+    batch, sizes = everything(sum(sizes_for(world))), sizes_for(world)
+    mine = share_of(batch, sizes)
+    for find_unused_parameters in (False, True):
+        model = tagger()
+        expected = expected_for(model, batch)
+        ddp, seen, fails = DDP(model, find_unused_parameters=find_unused_parameters), [0], [False]
+
+        def loss_fn(m: nn.Module, b: Batch, seen: list[int] = seen, fails: list[bool] = fails) -> object:
+            loss = token_sum(m, b)
+            seen[0] += len(b["tokens"])
+            if fails[0] and seen[0] == len(mine["tokens"]):
+                fails[0] = False
+                raise torch.OutOfMemoryError("injected")
+            return loss
+
+        accumulator = mb.Accumulator(ddp, loss_fn, micro_batch_size=3)
+        for window in range(4):  # the last: what failed has left nothing behind
+            clear(model)
+            seen[0], fails[0] = 0, window in (1, 2) and dist.get_rank() == 0
+            accumulator._limit.__init__(3)  # type: ignore[misc]
+            report = accumulator.run(mine)
+            assert report.retries == (1 if window in (1, 2) and dist.get_rank() == 0 else 0)
+            close(gradients(model), expected)
 
 
 def micro_batches_are_measured_over_all_ranks(world: int) -> None:

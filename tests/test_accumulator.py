@@ -1,6 +1,7 @@
 """A window's gradient is that of the effective batch in one piece, whatever the loss averages over, however cut."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -288,6 +289,31 @@ def test_evaluate_reports_the_same_without_gradients() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_report_adds_up_once_and_only_when_it_is_asked() -> None:
+    report, calls = mb.Accumulator(tagger(), token_sum, micro_batch_size=2).run(tokens_and_labels()), []
+
+    def means() -> object:
+        calls.append(1)
+        return report.means()
+
+    asked = dataclasses.replace(report, means=means)
+    assert (asked.micro_batch_sizes, asked.accumulation_steps, len(asked.loss_weights)) == ((2,) * 6 + (1,), 7, 7)
+    assert not calls
+    assert (asked.loss, asked.loss_weight, asked.num_samples, asked.metrics) == (
+        report.loss,
+        report.loss_weight,
+        13,
+        {},
+    )
+    assert asked.loss is asked.loss
+    assert calls == [1]
+
+
+def test_a_report_in_words_puts_equal_sizes_together() -> None:
+    report = mb.Accumulator(regressor(), mean_square, micro_batch_size=4).run(points())
+    assert "micro_batch_sizes=(4 x 4, 3 x 2), retries=0" in repr(report)
+
+
 def test_several_models_are_trained_as_one() -> None:
     encoder, head, batch = nn.Linear(5, 4).double(), nn.Linear(4, 1).double(), points()
 
@@ -463,6 +489,17 @@ def test_a_loss_without_grad_is_refused() -> None:
         run(lambda m, b: mean_square(m, b).detach())
 
 
+def test_of_several_sums_the_one_without_a_graph_is_named_and_no_gradient_is_left() -> None:
+    model = regressor()
+
+    def one_detached(m: nn.Module, b: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"first": mean_square(m, b), "second": mean_square(m, b).detach()}
+
+    with pytest.raises(ValueError, match="the second does not depend on any trainable parameter"):
+        run(one_detached, model=model, count=lambda b: {"first": len(b[0]), "second": len(b[0])})
+    assert all(p.grad is None for p in model.parameters())
+
+
 @pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), torch.tensor(-2.0)])
 def test_negative_and_non_finite_weights_are_refused(weight: object) -> None:
     with pytest.raises(ValueError, match=r"loss_weight is .*: a count of terms must be finite and not negative"):
@@ -621,6 +658,7 @@ def test_a_denominator_of_zero_leaves_the_other_loss_and_its_gradient() -> None:
     report = mb.Accumulator(model, losses, micro_batch_size=4, count=count).run(batch)
     assert difference(gradients(model), expected) <= EXACT
     assert abs(float(report.loss) - two_losses(model, batch)["sequences"].item() / 13) <= EXACT
+    assert report.metrics["tokens"].isnan()
 
 
 def test_a_bare_list_of_images_of_unlike_size_is_cut_between_them() -> None:

@@ -332,6 +332,20 @@ def test_what_a_checkpoint_computes_again_is_not_counted_again(use_reentrant: bo
     assert float((norm.running_var - full.running_var).abs().max()) <= 1e-12
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpointed_layer_is_pooled_once_by_an_accumulator(use_reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Tanh()).double(), batch_of(10, (4,))[0].detach()
+    full = copy.deepcopy(model)
+    full(x)
+
+    def loss_fn(m: nn.Module, part: torch.Tensor) -> torch.Tensor:
+        return checkpoint(m[1:], m[0](part), use_reentrant=use_reentrant).square().mean()
+
+    mb.Accumulator(model, loss_fn, micro_batch_size=4, batch_norm="pooled").run(x)
+    assert float((model[1].running_var - full[1].running_var).abs().max()) <= 1e-12
+
+
 def test_all_calls_of_a_layer_make_one_step_together() -> None:
     """A stated limit: the full batch would make a step for each call of a layer that is used twice."""
     model, batch = Twice().double(), batch_of(10, (7,))

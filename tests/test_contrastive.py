@@ -99,6 +99,7 @@ def test_the_gradient_is_that_of_the_full_batch(name: str, shared: bool, keep: i
     expected = in_one_piece(model, batch, LOSSES[name])
     report = mb.GatheredAccumulator(model, encode, LOSSES[name], micro_batch_size=4, keep_graphs=keep).run(batch)
     assert report.micro_batch_sizes == (4, 4, 3)
+    assert report.loss_weights == (4.0, 4.0, 3.0)
     assert difference(gradients(model), expected) <= 1e-12
     assert abs(float(report.loss) - LOSSES[name](model, encode(model, batch), None).item()) <= 1e-12
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import graph
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 import macrobatch as mb
 from macrobatch.engine import backward, direct_engine
@@ -88,6 +90,61 @@ def test_subclasses_and_chosen_inputs_go_the_public_way(public: Recorded) -> Non
     assert [p.grad is None for p in model.parameters()] == [True, True, True, False]
 
 
+class Seen(TorchFunctionMode):
+    """Counts the calls of `torch.tanh` that are made within."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func is torch.tanh
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_function_mode_does_not_see_what_a_checkpoint_computes_again(use_reentrant: bool, public: Recorded) -> None:
+    model = nn.Linear(5, 5)
+
+    def loss_fn(m: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(torch.tanh, m(x), use_reentrant=use_reentrant).square().mean()
+
+    with Seen() as seen:
+        mb.Accumulator(model, loss_fn, micro_batch_size=2).run(torch.ones(4, 5))
+    assert seen.calls == 2
+    assert public.calls >= 2
+    direct, x = direct_engine(), torch.ones(2, 5)
+    assert direct is not None
+    with Seen() as seen:  # the control: the engine alone stays within the mode
+        direct((loss_fn(model, x),), (torch.ones(()),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+    assert seen.calls == 2
+
+
+def test_saved_tensors_are_let_go_as_the_backward_passes_them() -> None:
+    def peak(step: Callable[[nn.Module, Tensor], None]) -> int:
+        torch.manual_seed(0)
+        model, x = (
+            nn.Sequential(*(nn.Sequential(nn.Linear(128, 128), nn.Tanh()) for _ in range(6))),
+            torch.ones(64, 128),
+        )
+        step(model, x)
+        model.zero_grad()
+        return mb.peak_memory(lambda: step(model, x))
+
+    def mine(model: nn.Module, x: Tensor) -> None:
+        loss = model(x).square().mean()
+        backward([loss], [torch.ones(())])
+
+    usual = peak(lambda model, x: model(x).square().mean().backward())
+    keeping = peak(lambda model, x: model(x).square().mean().backward(retain_graph=True))
+    assert peak(mine) <= usual + 64
+    assert keeping > usual + 3 * 64 * 128 * 4  # the control
+
+
+def test_the_engine_is_known_before_the_first_window_runs() -> None:
+    mb.Accumulator(nn.Linear(5, 1), lambda m, b: m(b).square().mean(), micro_batch_size=2)
+    assert direct_engine.cache_info().misses == 1
+
+
 def takes_other_arguments(outputs: Any, seeds: Any) -> None:
     raise AssertionError("never reached: the arguments do not fit")
 
@@ -129,5 +186,15 @@ def test_a_loss_without_a_graph_is_refused_by_name() -> None:
     model = nn.Linear(5, 1)
     accumulator = mb.Accumulator(model, lambda m, b: m(b).square().mean().detach(), micro_batch_size=2)
     with pytest.raises(ValueError, match=r"the loss does not depend on any trainable parameter.*return \(0, 0\)"):
+        accumulator.run(torch.ones(4, 5))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_complex_loss_is_refused_with_what_to_return() -> None:
+    model = nn.Linear(5, 1)
+    accumulator = mb.Accumulator(model, lambda m, b: m(b).square().mean() * (1 + 1j), micro_batch_size=2)
+    with pytest.raises(
+        ValueError, match=r"the loss is complex, torch.complex64: return a real number, such as loss.real"
+    ):
         accumulator.run(torch.ones(4, 5))
     assert all(p.grad is None for p in model.parameters())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import macrobatch as mb
+from macrobatch.tally import Tally
 from macrobatch.weighting import Terms, checked_count, refuse_bare_token_mean, terms_of
 
 FORMS = r"returns \(loss_sum, loss_weight\), or a scalar tensor.*\{name: loss_sum\}.*count=\), or macrobatch.Loss"
@@ -267,3 +268,77 @@ def test_a_shifted_count_is_what_a_causal_model_predicts() -> None:
     losses = nn.functional.cross_entropy(torch.randn(6, 9, 11)[:, :-1].transpose(1, 2), given[:, 1:], reduction="none")
     assert int(mb.valid_tokens(given, shifted=True)) == int((losses != 0).sum())
     assert int(mb.valid_tokens(given)) != int((losses != 0).sum()), "control: unshifted it is another number"
+
+
+def test_a_weight_that_is_written_into_the_same_tensor_each_time_counts_as_it_was() -> None:
+    torch.manual_seed(0)
+    model, x, weight = nn.Linear(5, 1).double(), torch.randn(16, 5).double(), torch.zeros(())
+
+    def loss_fn(m: nn.Module, part: Tensor) -> tuple[Tensor, Tensor]:
+        return m(part).square().sum(), weight.fill_(len(part))
+
+    expected = torch.autograd.grad(model(x).square().mean(), list(model.parameters()))
+    report = mb.Accumulator(model, loss_fn).run(mb.Window(x.split([9, 6, 1])))
+    weight.fill_(1000)
+    assert [float(value) for value in report.loss_weights] == [9, 6, 1]
+    assert report.loss_weight == 16
+    for p, g in zip(model.parameters(), expected, strict=True):
+        assert p.grad is not None
+        assert float((p.grad - g).abs().max()) <= 1e-12
+
+
+def test_a_weight_that_is_a_view_keeps_no_more_than_a_number() -> None:
+    def peak(accumulation_steps: int) -> int:
+        model = nn.Linear(5, 1)
+
+        def loss_fn(m: nn.Module, part: Tensor) -> tuple[Tensor, Tensor]:
+            return m(part).square().sum(), torch.ones(10_000).cumsum(0)[-1]  # the last of a running sum
+
+        accumulator, window = mb.Accumulator(model, loss_fn), mb.Window([torch.ones(4, 5)] * accumulation_steps)
+        accumulator.run(window)
+        model.zero_grad()
+        return mb.peak_memory(lambda: accumulator.run(window))
+
+    assert peak(32) - peak(2) < 10_000
+
+
+def test_of_a_weight_on_another_device_an_own_copy_is_kept() -> None:
+    """Where reading it would be a host sync; the control is the loss's own sum, which nobody writes into."""
+    weight, loss, tally = torch.ones((), device="meta"), torch.ones((), device="meta"), Tally()
+    tally.add(Terms({"loss": loss}, 1, weight, {"right": weight}), 4)
+    (record,) = tally.records
+    assert isinstance(record.weight, Tensor)
+    assert record.weight.untyped_storage()._cdata != weight.untyped_storage()._cdata
+    assert record.metrics["right"].untyped_storage()._cdata != weight.untyped_storage()._cdata  # type: ignore[union-attr]
+    assert record.sums["loss"].untyped_storage()._cdata == loss.untyped_storage()._cdata  # type: ignore[union-attr]
+
+
+def test_evaluating_between_windows_leaves_training_as_it_was() -> None:
+    """The seed follows the windows that train; in float16 another one would underflow where this one does not."""
+    found = []
+    for evaluates in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(64, 64).half()
+        accumulator = mb.Accumulator(model, lambda m, x: (m(x).square().sum() * 1e-3, x.numel()))
+        parts = [torch.randn(4, 64).half() for _ in range(4)]
+        accumulator.run(mb.Window(parts))
+        model.zero_grad()
+        if evaluates:
+            accumulator.evaluate(mb.Window([torch.zeros(2**15, 64).half()]))
+        accumulator.run(mb.Window(parts))
+        found.append(model.weight.grad.clone())  # type: ignore[union-attr]
+    assert torch.equal(*found)
+
+
+def test_of_a_sum_that_is_a_view_no_more_than_the_view_is_kept() -> None:
+    losses, tally = torch.ones(100, device="meta"), Tally()
+    tally.add(Terms({"loss": losses[3]}, 1, 1, {}), 4)
+    kept = tally.records[0].sums["loss"]
+    assert isinstance(kept, Tensor)
+    assert kept.untyped_storage().nbytes() == losses.element_size()
+
+
+def test_the_next_windows_seed_fits_its_micro_batches_not_the_window() -> None:
+    accumulator = mb.Accumulator(nn.Linear(5, 1), lambda m, x: (m(x).square().sum(), 25 * len(x)))
+    accumulator.run(mb.Window([torch.ones(4, 5)] * 8))
+    assert accumulator.state_dict()["exponent"] == 7  # near 100 terms, of 800

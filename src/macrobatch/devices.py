@@ -1,6 +1,7 @@
 """Micro-batches on the device of the model, the next one travelling while the present one computes."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -63,12 +64,22 @@ def _is_on(node: Nested, device: torch.device) -> bool:
     return True
 
 
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return _stream_of(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _stream_of(index: int) -> torch.cuda.Stream:
+    """One for each device: what was copied on a stream, the allocator keeps for that stream when it is free again."""
+    return torch.cuda.Stream(index)
+
+
 class _Transfer:
     """Copies to a device; from pinned memory to CUDA on a side stream, so that they overlap with computing."""
 
     def __init__(self, device: torch.device | None) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device is not None and is_cuda(device) else None
+        self._stream = _side_stream(device) if device is not None and is_cuda(device) else None
 
     def start(self, micro_batch: Nested) -> tuple[Nested, torch.cuda.Event | None]:
         device, stream = self._device, self._stream

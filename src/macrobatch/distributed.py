@@ -107,6 +107,12 @@ class GradientReduction:
         self._everyone_runs = everyone_runs
 
     def __enter__(self) -> "GradientReduction":
+        if torch.is_grad_enabled() and any(ddp.static_graph for ddp in self._replicas):
+            raise ValueError(
+                "a DistributedDataParallel with static_graph=True reduces in the first backward that it sees, and an "
+                "effective batch has its gradient after the last: leave static_graph out (find_unused_parameters=True "
+                "where some parameters get no gradient, use_reentrant=False for checkpoints)"
+            )
         self._before = [(ddp.require_backward_grad_sync, ddp.require_forward_param_sync) for ddp in self._replicas]
         for ddp in self._replicas:
             ddp.require_backward_grad_sync = False
@@ -128,6 +134,18 @@ class GradientReduction:
             ddp.require_backward_grad_sync = is_last and self._overlaps
             if is_retry:
                 ddp.require_forward_param_sync = False  # the first try has broadcast the buffers
+
+    def prepare(self, losses: Sequence[Tensor]) -> None:
+        """DDP reduces in the backward of these losses, the window's last one on this rank, which begins now.
+
+        What DDP prepares it cannot forget. Prepared in its own forward, as it does by itself, it would also reduce what
+        is run in place of a micro-batch that ran out of memory between that forward and its backward.
+        """
+        for ddp in self._replicas if self._overlaps else ():
+            ddp.require_backward_grad_sync = True
+            ddp.reducer.prepare_for_forward()
+            finds_unused = ddp.find_unused_parameters and not ddp.static_graph
+            ddp.reducer.prepare_for_backward(list(losses) if finds_unused else [])
 
     @property
     def is_communicating(self) -> bool:
@@ -151,13 +169,13 @@ class GradientReduction:
         return [(averaged, self._ranks.size), ([g for j in rest if (g := gradients[j]) is not None], 1)]
 
     def join_without_terms(self) -> None:
-        """Where DDP is waiting for this rank's last backward: it takes part with zero gradients."""
-        for ddp in self._replicas:
-            if ddp.require_backward_grad_sync:
-                parameters = [p for p in _reduced_by(ddp) if p.requires_grad]
-                outputs = [p.view_as(p) for p in parameters]
-                ddp.reducer.prepare_for_backward(outputs)
-                torch.autograd.backward(outputs, [torch.zeros_like(p) for p in parameters])
+        """Other ranks' DDP waits for this rank's last backward: it takes part with zero gradients."""
+        for ddp in self._replicas if self._overlaps else ():
+            parameters = [p for p in _reduced_by(ddp) if p.requires_grad]
+            outputs = [p.view_as(p) for p in parameters]
+            ddp.reducer.prepare_for_forward()
+            ddp.reducer.prepare_for_backward(outputs)
+            torch.autograd.backward(outputs, [torch.zeros_like(p) for p in parameters])
 
 
 def _reduced_by(ddp: DistributedDataParallel) -> Iterable[nn.Parameter]:

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import graph
+from torch.overrides import has_torch_function
 
 
 def backward(losses: Sequence[Tensor], seeds: Sequence[Tensor], inputs: Sequence[nn.Parameter] | None = None) -> None:
     """`p.grad` of every leaf, or of `inputs` alone, has taken up `sum_i seeds[i] * d losses[i] / dp`.
 
     Each loss of shape (), each seed of its shape, dtype and device; as with `torch.autograd.backward`, whose errors
-    these are, and which is called wherever there is more to ask: of subclasses of Tensor, or for `inputs`.
+    these are, and which is called wherever there is more to ask: of subclasses of Tensor, for `inputs`, and within a
+    TorchFunctionMode, which that function leaves for as long as the backward runs (a checkpoint's second forward must
+    not be seen by it).
     """
-    engine = direct_engine() if inputs is None else None
-    for loss in losses:
-        if type(loss) is not Tensor:
-            engine = None
+    engine = direct_engine() if inputs is None and not has_torch_function(losses) else None
     if engine is None:
         torch.autograd.backward(losses, seeds, inputs=inputs)
     else:

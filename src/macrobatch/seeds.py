@@ -9,7 +9,7 @@ mean over samples whose number is known beforehand it is 1 / total, which leaves
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ from macrobatch.weighting import Count, Terms
 class Learned:
     """What the first windows of an accumulator told about the loss."""
 
-    names: tuple[str, ...] | None = None  # of sums and metrics, the same on every rank
+    # Of sums and metrics, over all ranks: of windows with gradients, and of those without.
+    names: dict[bool, tuple[str, ...]] = field(default_factory=dict)
     exponent: int | None = None  # the unit is 2**-exponent, the same on every rank
     has_run: bool = False  # whether a window went through `run`: the first one is looked at more closely
     knows_leaves: bool = False  # whether a loss graph was searched for trainable tensors outside of the model
@@ -68,6 +69,8 @@ class Seeds:
         key = (name, terms.multiplier, loss_sum.dtype, loss_sum.device)
         seed = self._made.get(key)
         if seed is None:
+            if loss_sum.is_complex():
+                raise ValueError(f"the {name} is complex, {loss_sum.dtype}: return a real number, such as {name}.real")
             value = self._value(name, terms)
             if not isinstance(value, Tensor):
                 value = torch.scalar_tensor(value, dtype=loss_sum.dtype, device=loss_sum.device)
@@ -95,6 +98,8 @@ class Seeds:
 
     def relearn(self, weight: float, num_micro_batches: int) -> None:
         """The next window's seed fits a typical micro-batch; the first of all may have been masked almost wholly."""
+        if not self._made:
+            return  # no backward: a window that was evaluated tells nothing of those that train
         if self._counts is None and weight > 0 and math.isfinite(weight) and self._learned.exponent is not None:
             self._next_exponent = round(math.log2(max(weight / num_micro_batches, 1.0)))
 

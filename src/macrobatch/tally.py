@@ -37,8 +37,9 @@ class Tally:
         sums: dict[str, Count] = {}
         for name, value in terms.sums.items():
             sums[name] = 0.0 if terms.is_empty else _kept(value)  # where there are no terms, their sum may be NaN
-        metrics = {name: _kept(value) for name, value in terms.metrics.items()} if terms.metrics else {}
-        self._records.append(Record(num_samples, sums, terms.multiplier, metrics, terms.weight))
+        metrics = {name: _own(value) for name, value in terms.metrics.items()} if terms.metrics else {}
+        weight = None if terms.weight is None else _own(terms.weight)
+        self._records.append(Record(num_samples, sums, terms.multiplier, metrics, weight))
 
     @property
     def records(self) -> Sequence[Record]:
@@ -92,6 +93,11 @@ def _kept(value: Count) -> Count:
         return value.item()
     value = value.detach()
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+
+
+def _own(value: Count) -> Count:
+    """As `_kept`, of a tensor that the loss_fn may write the next value into."""
+    return value.detach().clone() if isinstance(value, Tensor) and not value.is_cpu else _kept(value)
 
 
 class Totals(NamedTuple):

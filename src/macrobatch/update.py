@@ -128,8 +128,9 @@ def _may_step(grad_norm: Tensor, report: Report | None) -> bool:
     may = torch.isfinite(grad_norm)
     if report is None:
         return bool(may)
-    may = may & report.has_terms.to(may.device)
-    return Ranks(report.process_group).all(bool(may))
+    must_not = ~(may & report.has_terms.to(may.device))
+    over_ranks = Ranks(report.process_group).maximum(must_not.int())
+    return not bool(over_ranks)  # the one host sync
 
 
 def _clip(parameters: Sequence[nn.Parameter], max_norm: float, grad_norm: Tensor) -> None:

@@ -113,6 +113,7 @@ class OneByOne:
         forward = self._rows(window, pass_).in_order(pass_.forward, lambda micro_batch, num_samples: num_samples)
         for micro_batch, num_samples, _ in on_device(window.sized(), pass_.device):
             forward(micro_batch, num_samples)
+            del micro_batch
 
     def _rows(self, window: Window, pass_: WindowPass) -> Rows:
         return self.random(pass_.recipe, pass_.recipe.loss_fn, window, pass_.device)

@@ -107,14 +107,15 @@ class WindowPass:
     def forward_backward(self, reduction: GradientReduction, attempt: Attempt) -> None:
         """The gradient of the micro-batch's sum, times the seed, is added to `p.grad`, and its loss is tallied."""
         if self.replicas:
-            reduction.announce(attempt.is_last, is_retry=attempt.is_retry)
+            reduction.announce(False, is_retry=attempt.is_retry)  # not before its backward, see `prepare`
         terms = self._terms(attempt.micro_batch, attempt.num_samples)
         try:
             if not terms.is_empty:
-                self._backward([terms], attempt)
+                self._backward([terms], attempt, reduction=reduction)
             elif self.ranks.size > 1:  # a backward without terms would give 0, or NaN
                 self.agree_on_exponent()  # in step with the ranks that have terms
-                reduction.join_without_terms()
+                if attempt.is_last:
+                    reduction.join_without_terms()
             self._tally.add(terms, attempt.num_samples)
         except RuntimeError:
             couples = coupled_layer(self.recipe.everything) is not None
@@ -140,7 +141,13 @@ class WindowPass:
         if all_terms or chains:
             self._backward(all_terms, Attempt(None, 0, is_last=True), chains)
 
-    def _backward(self, all_terms: Sequence[Terms], attempt: Attempt, chains: Sequence[Tensor] = ()) -> None:
+    def _backward(
+        self,
+        all_terms: Sequence[Terms],
+        attempt: Attempt,
+        chains: Sequence[Tensor] = (),
+        reduction: GradientReduction | None = None,
+    ) -> None:
         if self.learned.exponent is None:
             self._seeds.agree(all_terms[0].weight if all_terms else None)
         losses, seeds = [], []
@@ -154,6 +161,8 @@ class WindowPass:
             self._strays = StrayLeaves(losses, self.parameters, self.recipe.loss_fn)
         if attempt.inputs == []:
             return  # every parameter has its gradient from before the micro-batch ran out of memory
+        if self.replicas and attempt.is_last and reduction is not None:
+            reduction.prepare(losses)
         attempt.started_backward = True
         try:
             backward(losses, seeds, attempt.inputs)
@@ -210,8 +219,10 @@ class WindowPass:
         else:
             totals = self._tally.totals(self._counts or (LOSS,), self.home)
             if self.ranks.size > 1:
-                totals = totals.over(self.ranks, self.learned.names, self.home)  # asking for names costs a message
-                self.learned.names = tuple(totals.columns)
+                trains = torch.is_grad_enabled()  # metrics may be given in the one case only
+                known = self.learned.names.get(trains)  # asking for names costs a message
+                totals = totals.over(self.ranks, known, self.home)
+                self.learned.names[trains] = tuple(totals.columns)
             self._weight = totals.weight
             self._means = partial(Means, *means_of(totals, self._counts, self.home))
         if self.ranks.size == 1 and (self._is_first or self.home == CPU):
