@@ -51,9 +51,28 @@ def test_cross_entropy_on_the_logits_gives_the_full_batchs_gradient(micro_batch_
 def test_its_own_loss_as_a_bare_scalar_is_caught() -> None:
     model, batch = model_and_batch()
     with pytest.raises(
-        ValueError, match="holds the ignore label -100, so it is almost surely a mean over valid tokens"
+        ValueError, match=r"batch\['labels'\], .* holds the ignore label -100, so it is almost surely a mean over valid"
     ):
         mb.Accumulator(model, lambda m, b: m(**b).loss, micro_batch_size=2).run(batch)
+
+
+def test_the_form_that_is_shown_for_its_own_loss_is_exact_and_the_one_for_other_means_is_not() -> None:
+    model, batch = model_and_batch()
+    expected = reference(model, lambda: model(**batch).loss)
+    with pytest.raises(ValueError, match="almost surely") as error:
+        mb.Accumulator(model, lambda m, b: m(**b).loss, micro_batch_size=2).run(batch)
+    shown = [line.strip() for line in str(error.value).splitlines() if line.strip().startswith("n = ")]
+    found = []
+    for line in shown:
+        body = "\n    ".join(line.replace("macrobatch.", "mb.").split("; "))
+        names: dict[str, object] = {"mb": mb}
+        exec(f"def loss_fn(model, batch):\n    mean = model(**batch).loss\n    {body}", names)
+        clear(model)
+        mb.Accumulator(model, names["loss_fn"], micro_batch_size=2).run(batch)  # type: ignore[arg-type]
+        found.append(difference(gradients(model), expected))
+    others, shifted = found
+    assert shifted <= 1e-6  # it computes its loss in float32
+    assert others > 1e-3
 
 
 def test_control_its_own_loss_averaged_over_micro_batches_is_far_off() -> None:

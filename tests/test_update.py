@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 import math
 import re
 import warnings
@@ -309,6 +310,30 @@ def test_non_finite_gradients_change_nothing_in_parameters_moments_and_step_coun
     assert all(p.grad is None for p in model.parameters())
     assert mb.apply_update(optimizer, runner.run(batch)).applied, "the next window is a new one"
     assert not same_state(optimizer.state_dict(), state), "control: an update does change it"
+
+
+def test_a_step_that_is_not_made_is_one_line_in_the_log_that_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "macrobatch")
+
+    def said(loss: Callable[[nn.Module], Tensor], scaler: Any = None, weight: float = 1.0) -> list[tuple[int, str]]:
+        caplog.clear()
+        model = nn.Linear(2, 1)
+        runner = mb.Accumulator(model, lambda m, b: (loss(m), weight), micro_batch_size=2, scaler=scaler)
+        mb.apply_update(SGD(model.parameters(), lr=0.1), runner.run(torch.ones(2, 2)))
+        return [(record.levelno, record.getMessage()) for record in caplog.records]
+
+    def of_ones(model: nn.Module) -> Tensor:
+        return model(torch.ones(2)).sum()
+
+    assert said(lambda m: of_ones(m) * math.nan) == [(logging.WARNING, "update skipped: the gradient norm is nan")]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    [(level, text)] = said(lambda m: of_ones(m) * 1e35, scaler)
+    assert level == logging.INFO
+    assert text.startswith("update skipped: the gradient norm is inf, the loss scale 65536 too large")
+    assert said(lambda m: of_ones(m) * 0, weight=0.0) == [
+        (logging.INFO, "update skipped: the loss of its window had no terms to average over")
+    ]
+    assert said(of_ones) == []  # the control
 
 
 def test_with_ignore_the_step_is_made_whatever_the_gradients_are() -> None:

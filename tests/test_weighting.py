@@ -1,6 +1,7 @@
 """A loss_fn says what it averages over in one of four forms; whatever else it returns is refused with the forms."""
 
 import math
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
@@ -203,15 +204,17 @@ def labels(*rows: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
 
 @pytest.mark.parametrize("ignored", [-100, -1, -2])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-def test_a_bare_scalar_beside_ignore_labels_is_refused_with_the_two_exact_forms(
-    ignored: int, dtype: torch.dtype
-) -> None:
+def test_a_bare_scalar_beside_ignore_labels_is_refused_with_the_exact_forms(ignored: int, dtype: torch.dtype) -> None:
     micro_batch = {"ids": labels([5, 6, 7]), "deep": [(labels([5, ignored, ignored], dtype=dtype),)]}
-    with pytest.raises(ValueError, match=rf"shape \(1, 3\) holds the ignore label {ignored}") as error:
+    path = "batch['deep'][0][0]"
+    with pytest.raises(
+        ValueError, match=rf"{re.escape(path)}, of shape \(1, 3\), holds the ignore label {ignored}"
+    ) as error:
         refuse_bare_token_mean(micro_batch)
-    assert f"(loss_sum, macrobatch.valid_tokens(labels, ignore_index={ignored}))" in str(error.value)
-    assert f"n = macrobatch.valid_tokens(labels, ignore_index={ignored}); return mean * n, n" in str(error.value)
-    assert "shifted=True" in str(error.value)
+    count = f"macrobatch.valid_tokens({path}, ignore_index={ignored}"
+    assert f"return loss_sum, {count})\n" in str(error.value)
+    assert f"n = {count}); return mean * n, n\n" in str(error.value)
+    assert f"n = {count}, shifted=True); return mean * n, n\n" in str(error.value)
     assert "return mean * num_samples, num_samples" in str(error.value)
 
 

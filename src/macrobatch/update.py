@@ -1,5 +1,6 @@
 """From gradients to parameters: agree on finiteness, clip, step, zero, in that order, once for each effective batch."""
 
+import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set, ValuesView
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from macrobatch.gradients import norm_of
 from macrobatch.report import Report
 from macrobatch.signatures import given
 
+logger = logging.getLogger("macrobatch")
+NO_TERMS = "the loss of its window had no terms to average over"
 NAMED = 3  # parameters that a message names, of those that it is about
 
 
@@ -45,6 +48,7 @@ def apply_update(
     sync, none with `nonfinite="ignore"`, which steps whatever the gradients are. The scheduler is the caller's: step
     it if `applied`. ValueError if the optimizers hold nothing that the window has gradients for; UserWarning, once for
     each place in the code, if they lack some of it, and if there is no gradient at all where one was to be expected.
+    A step that is not made is one line in the log `macrobatch`.
     """
     optimizers = _checked(optimizer)
     if report is not None and not isinstance(report, Report):
@@ -68,6 +72,8 @@ def apply_update(
             _clip(parameters, max_norm, grad_norm)
         for each in optimizers:
             each.step()
+    elif has_gradients:
+        _log_skip(grad_norm, report)
     if report is not None and report.scaler is not None:
         _update_scaler(report.scaler)
     _drop_gradients([*parameters, *(report.parameters if report is not None else ())])
@@ -97,6 +103,19 @@ def _check_held(
     )
 
 
+def _log_skip(grad_norm: Tensor, report: Report | None) -> None:
+    """One line: why no step was made. Its host syncs are those of skipped updates alone."""
+    if not bool(torch.isfinite(grad_norm)):
+        why, level = f"the gradient norm is {float(grad_norm)}", logging.WARNING
+        if report is not None and report.scaler is not None:
+            why, level = f"{why}, the loss scale {report.scaler.get_scale():g} too large", logging.INFO  # its usual way
+    elif report is None or bool(report.has_terms):
+        why, level = "a gradient on another rank is not finite", logging.WARNING
+    else:
+        why, level = NO_TERMS, logging.INFO
+    logger.log(level, "update skipped: %s", why)
+
+
 def _warn_of_no_gradient(report: Report | None) -> None:
     """A warning where a gradient was to be expected: not after a window that had no terms."""
     if report is None:
@@ -107,7 +126,7 @@ def _warn_of_no_gradient(report: Report | None) -> None:
             "between, has dropped the gradients, and evaluate makes none"
         )
     else:
-        return
+        return logger.info("update skipped: %s", NO_TERMS)
     warnings.warn(
         f"no parameter of the optimizer has a gradient, so no step is made: {expected}", stacklevel=first_outside()
     )

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from macrobatch.structure import Nested, tensors
+from macrobatch.containers import leaves
+from macrobatch.structure import Nested
 
 LOSS = "loss"  # the name of a sum or a denominator that was given none
 Count = float | Tensor  # of loss terms: a number, or a tensor of shape () that may live on the device
@@ -134,18 +135,20 @@ def known(weight: Count) -> float | None:
 
 def refuse_bare_token_mean(micro_batch: Nested) -> None:
     """ValueError if `micro_batch` holds ignore labels: a bare scalar is then almost surely a mean over valid tokens."""
-    for leaf in tensors(micro_batch):
-        label = _ignore_label(leaf)
+    for path, leaf in leaves(micro_batch, "batch"):
+        label = _ignore_label(leaf) if isinstance(leaf, Tensor) else None
         if label is None:
             continue
+        count = f"macrobatch.valid_tokens({path}, ignore_index={label}"
         raise ValueError(
-            f"the loss_fn returned a bare scalar, which counts as a mean over samples, but an integer leaf of shape "
-            f"{tuple(leaf.shape)} holds the ignore label {label}, so it is almost surely a mean over valid tokens: "
-            f"accumulated, its gradient would be wrong. Return the exact form: either\n"
-            f"    (loss_sum, macrobatch.valid_tokens(labels, ignore_index={label}))   "
-            f"# a causal LM that shifts labels inside: shifted=True\n"
+            f"the loss_fn returned a bare scalar, which counts as a mean over samples, but {path}, of shape "
+            f"{tuple(leaf.shape)}, holds the ignore label {label}, so it is almost surely a mean over valid tokens: "
+            f"accumulated, its gradient would be wrong. Return the exact form: for a sum over tokens\n"
+            f"    return loss_sum, {count})\n"
             f"or, where the model gives the mean,\n"
-            f"    n = macrobatch.valid_tokens(labels, ignore_index={label}); return mean * n, n\n"
+            f"    n = {count}); return mean * n, n\n"
+            f"or, where a causal LM shifts the labels inside, as those of transformers do for the .loss they return,\n"
+            f"    n = {count}, shifted=True); return mean * n, n\n"
             f"(if it truly is a mean over samples: return mean * num_samples, num_samples)"
         )
 
