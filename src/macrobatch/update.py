@@ -126,7 +126,8 @@ def _warn_of_no_gradient(report: Report | None) -> None:
             "between, has dropped the gradients, and evaluate makes none"
         )
     else:
-        return logger.info("update skipped: %s", NO_TERMS)
+        logger.info("update skipped: %s", NO_TERMS)
+        return
     warnings.warn(
         f"no parameter of the optimizer has a gradient, so no step is made: {expected}", stacklevel=first_outside()
     )
