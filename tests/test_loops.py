@@ -1,5 +1,7 @@
 """`accumulate`: loops that own forward and backward get each micro-batch's share, and an error when they stop early."""
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import clear, difference, gradients, reference
@@ -139,3 +141,117 @@ def test_bad_input_is_refused_before_the_loop() -> None:
     with pytest.raises(ValueError, match="hold a gradient from before"), mb.accumulate(window, model):
         pass
     assert all(p.grad is not None for p in model.parameters())
+
+
+def converted(model: torch.nn.Module, batch: object, inside: str, **options: Any) -> None:
+    """A loop over three micro-batches with `inside` left in it."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with mb.accumulate(mb.Window([batch]).cut(5), model) as steps:
+        for micro_batch, share in steps:
+            if inside == "zero first":
+                optimizer.zero_grad(**options)
+            loss = mean_square(model, micro_batch) * share
+            if inside != "no backward":
+                loss.backward()
+            if "step" in inside:
+                optimizer.step()
+            if "zero last" in inside:
+                optimizer.zero_grad(**options)
+
+
+@pytest.mark.parametrize(
+    ("inside", "message"),
+    [
+        ("step", r"parameter '.*' was changed inside the loop over the window, as by optimizer.step\(\) there"),
+        ("step, zero last", r"Step once, after the with block: optimizer.step\(\), then optimizer.zero_grad\(\)"),
+        ("zero first", r"the gradient of '.*' was dropped or replaced inside the loop .* Zero once, after the with"),
+        ("zero last", r"no parameter of the model has a gradient: call \(loss_sum \* share\).backward\(\) for each"),
+        ("no backward", r"no parameter of the model has a gradient: call \(loss_sum \* share\).backward\(\) for each"),
+    ],
+)
+@pytest.mark.parametrize("zeros", [False, True])
+def test_what_a_converted_loop_leaves_inside_is_refused_and_gradients_are_as_before(
+    inside: str, message: str, zeros: bool
+) -> None:
+    model, batch = regressor(), points()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if zeros else None
+    before = [p.grad for p in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        converted(model, batch, inside)
+    assert all(p.grad is g for p, g in zip(model.parameters(), before, strict=True))
+    assert all(g is None or not g.any() for g in before)
+    converted(model, batch, "nothing")  # the control
+    assert all(p.grad.any() for p in model.parameters())
+
+
+def test_gradients_zeroed_in_place_without_a_step_are_a_limit() -> None:
+    model, batch = regressor(), points()
+    expected = reference(model, lambda: mean_square(model, batch))
+    converted(model, batch, "zero first", set_to_none=False)
+    assert difference(gradients(model), expected) > 0.1
+
+
+def test_what_changes_on_its_own_inside_the_loop_is_not_refused() -> None:
+    draw = torch.Generator().manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(9, 4, max_norm=0.5), torch.nn.Flatten(), torch.nn.BatchNorm1d(12), torch.nn.Linear(12, 1)
+    ).double()
+    critic = torch.nn.Linear(1, 1).double()
+    optimizer = torch.optim.SGD(critic.parameters(), lr=0.1)
+    tokens = torch.randint(9, (13, 3), generator=draw)
+    weight = model[0].weight.detach().clone()
+    with mb.accumulate(mb.Window([tokens]).cut(5), model) as steps:
+        for micro_batch, share in steps:
+            (critic(model(micro_batch).detach()).sum() * share).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            (critic(model(micro_batch)).square().sum() * share).backward()
+            optimizer.zero_grad()
+    assert not torch.equal(weight, model[0].weight)  # the control: the embedding did change its weight
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+def test_gradients_that_keep_a_graph_are_new_tensors_and_add_up() -> None:
+    model, batch = regressor(), points()
+    expected = reference(model, lambda: mean_square(model, batch))
+    with mb.accumulate(mb.Window([batch]).cut(5), model) as steps:
+        for (x, y), share in steps:
+            (F.mse_loss(model(x), y, reduction="sum") * share).backward(create_graph=True)
+    mine = [p.grad.detach() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = None  # or the graph would keep itself alive
+    assert difference(mine, expected) <= 1e-12
+
+
+def test_a_window_without_terms_needs_no_backward() -> None:
+    model, batch = regressor(), points()
+    with mb.accumulate(mb.Window([batch]), model, count=lambda _: 0) as steps:
+        for _ in steps:
+            pass
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_leftover_gradients_are_refused_in_the_words_of_a_loop() -> None:
+    model, batch = regressor(), points()
+    mean_square(model, batch).backward()
+    message = r"hold a gradient from before, .* Call optimizer.zero_grad\(\) after each optimizer.step\(\)"
+    with pytest.raises(ValueError, match=message) as caught, mb.accumulate(mb.Window([batch]), model):
+        pass
+    assert "add=True" not in str(caught.value)
+
+
+class Bounded(torch.nn.Linear):
+    """A layer that bounds its own weight in its forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.weight.clamp_(-1, 1)
+        return super().forward(x)
+
+
+def test_a_model_that_writes_to_its_own_parameters_is_a_limit_and_refused() -> None:
+    model, (x, y) = Bounded(points()[0].shape[1], points()[1].shape[1]).double(), points()
+    with pytest.raises(ValueError, match="parameter 'weight' was changed inside the loop"):
+        converted(model, (x, y), "nothing")

@@ -9,15 +9,15 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from macrobatch.arguments import check_count, check_group
 from macrobatch.batch import Window
 from macrobatch.devices import device_of, on_device
 from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks
-from macrobatch.gradients import WindowGradients, multiply_
+from macrobatch.gradients import WindowGradients, multiply_, norm_of
 from macrobatch.memory import known_device
-from macrobatch.modules import ddp_modules, modules_of
+from macrobatch.modules import ddp_modules, modules_of, name_of, submodules
 from macrobatch.structure import Nested
 from macrobatch.tally import CountFn, count_window, ratio
 from macrobatch.weighting import LOSS
@@ -31,8 +31,8 @@ class accumulate:
     After the block `p.grad` of the parameters of `model` (a module or several) is the gradient of the effective batch's
     mean. `count(micro_batch)` tells the number of loss terms, or `{name: number}`, and then `share` is `{name:
     share}`; without it, samples count. DDP communicates once, in the last micro-batch. Leaving the loop early is a
-    RuntimeError; after any error gradients are as before. Gradients left from before, and an empty effective batch,
-    are a ValueError.
+    RuntimeError; after any error gradients are as before. A ValueError: gradients left from before, an empty effective
+    batch, a step or a zero_grad of the model's own parameters inside the loop, and no gradient at its end.
     """
 
     def __init__(
@@ -74,12 +74,15 @@ class accumulate:
             raise
         if num_micro_batches == 0:
             raise ValueError("the effective batch is empty: no rank has a sample. Skip empty windows")
+        _refuse_leftovers(self._gradients.parameters, self._modules)
         self._gradients.__enter__()
         overlaps = self._gradients.match_parameters and everyone_runs
         self._reduction = GradientReduction(replicas, self._ranks, overlaps, everyone_runs)
         self._reduction.__enter__()
         # DDP averages over ranks, so a share counts for all of them; what is summed is divided again at the end.
         shares = {name: ratio(float(self._ranks.size), total) for name, total in totals.items()}
+        # Elsewhere a rank may rightly be without a gradient, and an error on it alone would leave the others waiting.
+        self._expected = totals if self._ranks.size == 1 or (replicas and overlaps) else {}
         return self._steps(shares if list(shares) != [LOSS] else shares[LOSS], device)
 
     def __iter__(self) -> NoReturn:
@@ -87,10 +90,16 @@ class accumulate:
         raise TypeError("accumulate(...) is a context: with accumulate(window, model) as steps: for ... in steps: ...")
 
     def _steps(self, share: Share, device: torch.device | None) -> Iterator[tuple[Nested, Share]]:
+        watch = _Watch(self._modules, self._gradients.parameters)
         for micro_batch, _, is_last in on_device(self._window.sized(), device):
             self._reduction.announce(is_last)
             yield micro_batch, share
+            watch.refuse_changed_parameters()
             self._gradients.absorb()
+            if not (is_last and self._reduction.is_communicating):  # DDP puts views of its buckets in their place
+                watch.refuse_lost_gradients()
+        if len(self._window) and any(float(total) > 0 for total in self._expected.values()):
+            watch.refuse_no_gradient(self._gradients.sums())
         self._finished = True
 
     def __exit__(
@@ -109,3 +118,73 @@ class accumulate:
         self._gradients.__exit__(kind, error, trace)
         if early is not None:
             raise early
+
+
+class _Watch:
+    """Sees in the loop what belongs after it, steps and zeroing: by torch's counts of changes, not by content."""
+
+    def __init__(self, modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter]) -> None:
+        self._modules, self._parameters = modules, parameters
+        embeddings = [m for m in submodules(modules) if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+        own = {id(m.weight) for m in embeddings if m.max_norm is not None}  # which the forward itself changes
+        self._fixed = [p for p in parameters if id(p) not in own]
+        self._versions = [p._version for p in self._fixed]
+        self._at_first = [(p.grad, None if p.grad is None else p.grad._version) for p in parameters]
+        self._held: list[Tensor | None] = [None] * len(parameters)  # what was zero at first may be dropped
+
+    def refuse_changed_parameters(self) -> None:
+        """ValueError if a parameter was changed in place since the loop began, as a step does."""
+        if [p._version for p in self._fixed] == self._versions:
+            return
+        changed = next(p for p, version in zip(self._fixed, self._versions, strict=True) if p._version != version)
+        raise ValueError(
+            f"parameter {name_of(changed, self._modules)!r} was changed inside the loop over the window, as by "
+            "optimizer.step() there: the gradient of an effective batch is that of one set of weights. Step once, "
+            "after the with block: optimizer.step(), then optimizer.zero_grad()"
+        )
+
+    def refuse_lost_gradients(self) -> None:
+        """ValueError if what earlier micro-batches have added up is no longer in `p.grad`."""
+        held, self._held = self._held, [p.grad for p in self._parameters]
+        for p, before, now in zip(self._parameters, held, self._held, strict=True):
+            if before is not None and now is not before and not _is_sum(before, now):
+                raise ValueError(
+                    f"the gradient of {name_of(p, self._modules)!r} was dropped or replaced inside the loop over the "
+                    "window, as by zero_grad() there, and with it what earlier micro-batches had added up. Zero once, "
+                    "after the with block and the step; gradients of your own are added in place (p.grad += ...)"
+                )
+
+    def refuse_no_gradient(self, sums: Sequence[Tensor | None]) -> None:
+        """ValueError if no gradient has arrived since the loop began."""
+        if not self._parameters or any(map(_has_arrived, sums, self._at_first)):
+            return
+        raise ValueError(
+            "the loop over the window has ended and no parameter of the model has a gradient: call "
+            "(loss_sum * share).backward() for each micro-batch, with a loss that comes from this model, and leave "
+            "optimizer.zero_grad() for after the with block"
+        )
+
+
+def _is_sum(before: Tensor, now: Tensor | None) -> bool:
+    """Whether autograd itself makes a new tensor here: with create_graph, and where sparse meets dense."""
+    return now is not None and (now.requires_grad or now.layout != before.layout)
+
+
+def _has_arrived(gradient: Tensor | None, at_first: tuple[Tensor | None, int | None]) -> bool:
+    """Whether it is there and not as it was; of other kinds of tensors (DTensor) it cannot be told, so it counts."""
+    before, version = at_first
+    return gradient is not None and (
+        gradient is not before or type(gradient) is not Tensor or gradient._version != version
+    )
+
+
+def _refuse_leftovers(parameters: Sequence[nn.Parameter], modules: Sequence[nn.Module]) -> None:
+    """ValueError if some gradient is there and not zero, in the words of a loop: here nothing is added on purpose."""
+    if not bool(norm_of(p.grad for p in parameters)):  # not a number counts as well
+        return
+    first = next(p for p in parameters if p.grad is not None and bool(norm_of([p.grad])))
+    raise ValueError(
+        f"parameter {name_of(first, modules)!r} and perhaps others hold a gradient from before, which would be added "
+        "to this window's. Call optimizer.zero_grad() after each optimizer.step(), and before the with block if "
+        "something else ran backward"
+    )
