@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -46,6 +47,7 @@ GRAD_DTYPE = "grad_dtype must be one of torch.float32, torch.float64, .*, or Non
 FROZEN = "frozen must be a sequence of modules, got "
 GROUP = "process_group must be 'auto', None for this process alone, or a group of torch.distributed, .*, got "
 BYTES = r"max_memory: .* write 500000000, .*; or give a share of what the device has, \"80%\""
+OPTIMIZER = "optimizer must be a torch optimizer, several, or None for AdamW's state, got "
 SHARED: list[tuple[dict[str, Any], str]] = [
     ({"autocast": "bfloat16"}, AUTOCAST + "'bfloat16'"),
     ({"autocast": True}, AUTOCAST + "True"),
@@ -117,6 +119,15 @@ def test_an_argument_that_cannot_work_is_refused_when_the_accumulator_is_made(
         ),
         ({"overlap": "no"}, "overlap must be True or False, got 'no'"),
         ({"overlap": None}, "overlap must be True or False, got None"),
+        ({"optimizer": "adam"}, OPTIMIZER + "'adam'"),
+        ({"optimizer": 0.1}, OPTIMIZER + "0.1"),
+        (
+            {"optimizer": torch.optim.SGD},
+            OPTIMIZER + r"the class SGD: give SGD\(model.parameters\(\), \.\.\.\)",
+        ),
+        ({"optimizer": {"a": None}}, OPTIMIZER + r"a dict: give list\(optimizers.values\(\)\)"),
+        ({"optimizer": [None]}, OPTIMIZER + "None"),
+        ({"optimizer": []}, "optimizer holds no optimizer: give those that step, or None, which plans for AdamW's"),
         ({"batch_norm": "exact", "micro_batch_size": "auto", "max_memory": "6 gigs"}, BYTES),
     ],
 )
@@ -171,7 +182,7 @@ def test_control_what_can_work_is_taken(make: Make) -> None:
 
 def test_every_argument_with_a_choice_is_in_the_table() -> None:
     """`model`, `loss_fn`, `batch_norm` and `rng` are refused where they are explained."""
-    tried = {name for options, _ in SHARED for name in options} | {"count", "overlap"}
+    tried = {name for options, _ in SHARED for name in options} | {"count", "overlap", "optimizer"}
     parameters = set(inspect.signature(mb.Accumulator).parameters)
     assert parameters - tried == {"model", "loss_fn", "batch_norm", "rng"}
 
@@ -276,6 +287,114 @@ def test_builtins_without_a_signature_pass() -> None:
 )
 def test_what_was_given_is_shown_as_it_was_written_where_that_is_short(value: Any, text: str) -> None:
     assert given(value) == text
+
+
+def test_optimizers_are_taken_with_any_size_and_one_by_one_or_several() -> None:
+    model = regressor()
+    sgd, adam = torch.optim.SGD(model.parameters()), torch.optim.Adam(model.parameters())
+    several: list[Any] = [None, sgd, [sgd, adam], (sgd,), {"a": sgd}.values(), iter([adam])]
+    for optimizer in several:
+        plain(model, optimizer=optimizer)
+    plain(model, micro_batch_size=8, optimizer=sgd).run(points())
+
+
+def test_a_plan_refuses_what_is_no_optimizer_as_well() -> None:
+    with pytest.raises(ValueError, match=OPTIMIZER + "'adam'"):
+        mb.plan(regressor(), mean_square, points(), batch_size=4, optimizer="adam")  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors of the loss_fn's own
+
+
+Broken = tuple[Any, Any, str]
+CALLED = r"^loss_fn is called as loss_fn\(model, micro_batch\); here micro_batch was "
+PAIR = r"a tuple of \(Tensor of shape \(4, 3\), Tensor of shape \(4, 1\)\)"
+
+
+def pair(n: int = 4) -> tuple[Tensor, Tensor]:
+    return torch.ones(n, 3), torch.ones(n, 1)
+
+
+def arrays() -> tuple[Any, Any]:
+    return np.ones((4, 3), np.float32), np.ones((4, 1), np.float32)
+
+
+def of_outputs(outputs: Any, targets: Any) -> Tensor:
+    return F.mse_loss(outputs, targets)
+
+
+def of_model(model: nn.Module, batch: Any) -> Tensor:
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
+BROKEN: list[Broken] = [
+    (of_outputs, pair(), PAIR + "$"),
+    (
+        of_model,
+        {"x": pair()[0], "y": pair()[1]},
+        r"a dict of {'x': Tensor of shape \(4, 3\), 'y': Tensor of shape \(4, 1\)}$",
+    ),
+    (
+        of_model,
+        arrays(),
+        r"a tuple of \(numpy array of shape \(4, 3\), numpy array .*\. Arrays stay arrays: give tensors, torch",
+    ),
+    (
+        of_model,
+        [pair(), pair()],
+        rf"a list of \({PAIR}, {PAIR}\)\. A list is one batch\. If .* run a Window\(\[micro_batch, ",
+    ),
+    (of_model, [pair()] * 5, rf"a list of \({PAIR}, {PAIR}, {PAIR}, and 2 more\)\. A list is one batch"),
+    (of_model, [[[[[torch.ones(4)]]]]], r"a list of \(a list of \(a list of \(a list\)\)\)"),
+    (of_model, (pair()[0].tolist(), "name", None), r"a tuple of \(a list of .*, 'name', None\)$"),
+]
+
+
+def notes_of(run: Callable[[], Any]) -> list[str]:
+    with pytest.raises(Exception, match=r"\w") as caught:
+        run()
+    return getattr(caught.value, "__notes__", [])
+
+
+@pytest.mark.parametrize("method", ["run", "evaluate"])
+@pytest.mark.parametrize(("loss_fn", "batch", "note"), BROKEN)
+def test_an_error_in_the_first_call_of_the_loss_fn_shows_how_it_was_called(
+    loss_fn: Any, batch: Any, note: str, method: str
+) -> None:
+    made = mb.Accumulator(nn.Linear(3, 1), loss_fn)
+    (found,) = notes_of(lambda: getattr(made, method)(mb.Window([batch], num_samples=lambda _: 4)))
+    assert re.search(CALLED + note, found), found
+
+
+def test_with_auto_it_is_the_planning_that_calls_it_first() -> None:
+    made = mb.Accumulator(nn.Linear(3, 1), of_outputs, micro_batch_size="auto", max_memory="1GB")
+    (found,) = notes_of(lambda: made.run(pair()))
+    assert re.search(CALLED + "made of " + PAIR, found), found
+
+
+def test_with_batch_norm_exact_and_several_micro_batches_too() -> None:
+    made = mb.Accumulator(nn.Linear(3, 1), of_outputs, micro_batch_size=2, batch_norm="exact")
+    (found,) = notes_of(lambda: made.run(pair()))
+    assert re.search(CALLED + r"a tuple of \(Tensor of shape \(2, 3\)", found), found
+
+
+def test_control_after_the_first_window_an_error_is_as_it_was_raised_and_so_is_out_of_memory() -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        if error is not None:
+            raise error
+        return of_model(model, batch)
+
+    error: Exception | None = torch.OutOfMemoryError("of one sample")
+    made = mb.Accumulator(nn.Linear(3, 1), loss, micro_batch_size=4)
+    assert not any("is called as" in note for note in notes_of(lambda: made.run(pair(1))))
+    error = ValueError("of one's own")
+    assert len(notes_of(lambda: made.run(pair()))) == 1
+    error = None
+    made.run(pair())
+    error = ValueError("of one's own")
+    clear(made.model)
+    assert notes_of(lambda: made.run(pair())) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -76,6 +76,92 @@ def test_a_window_of_micro_batches_is_searched_below_their_size() -> None:
         clear(model)
 
 
+def classifier_and_images() -> tuple[nn.Module, Batch]:
+    """8.4 MB of parameters, and 256 samples."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 1400), nn.ReLU(), nn.Linear(1400, 980), nn.ReLU(), nn.Linear(980, 10))
+    return model, (torch.randn(256, 512), torch.randint(10, (256,)))
+
+
+def class_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+SMALL_BUDGET = 28_000_000  # enough for SGD without momentum, not for AdamW's two moments of 8.4 MB each
+
+
+def test_auto_leaves_room_for_the_state_of_the_optimizer_that_is_given() -> None:
+    model, batch = classifier_and_images()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    planned = mb.plan(model, class_loss, batch, batch_size=256, optimizer=optimizer, measure_speed=False)
+    accumulator = mb.Accumulator(
+        model, class_loss, micro_batch_size="auto", max_memory=SMALL_BUDGET, optimizer=optimizer
+    )
+    tried = [max(accumulator.run(batch).micro_batch_sizes)]  # plans
+    clear(model)
+
+    def search() -> None:
+        while not accumulator._limit.is_found:
+            report = accumulator.run(batch)
+            assert report.retries == 0
+            tried.append(max(report.micro_batch_sizes))
+            mb.apply_update(optimizer, report)
+
+    assert mb.peak_memory(search) <= SMALL_BUDGET
+    assert tried[0] == planned.micro_batch_size == 256
+    assert planned.memory.optimizer_state == 0
+
+    def halves() -> None:
+        window = mb.Window(list(zip(batch[0].split(128), batch[1].split(128), strict=True)))
+        for _ in range(2):
+            mb.apply_update(optimizer, mb.Accumulator(model, class_loss).run(window))
+
+    predicted = next(point.peak for point in planned.curve if point.micro_batch_size == 128)
+    assert mb.peak_memory(halves) == pytest.approx(predicted, rel=0.01)
+
+
+def test_control_without_it_adamw_is_assumed_and_the_refusal_names_the_way_out() -> None:
+    model, batch = classifier_and_images()
+    parameters = sum(p.nbytes for p in model.parameters())
+    assert 4 * parameters > SMALL_BUDGET > 2 * parameters + batch[0].nbytes + batch[1].nbytes
+    with pytest.raises(
+        ValueError,
+        match=r"optimizer state 16.81 MB.* AdamW, because no optimizer was given: optimizer= tells which one trains",
+    ):
+        mb.Accumulator(model, class_loss, micro_batch_size="auto", max_memory=SMALL_BUDGET).run(batch)
+
+
+def test_an_optimizer_that_keeps_too_much_is_refused_without_the_hint_to_give_it() -> None:
+    model, batch = classifier_and_images()
+    pair = [
+        torch.optim.Adam(model[0].parameters()),
+        torch.optim.AdamW([*model[2].parameters(), *model[4].parameters()]),
+    ]
+    made = mb.Accumulator(model, class_loss, micro_batch_size="auto", max_memory=SMALL_BUDGET, optimizer=pair)
+    with pytest.raises(ValueError, match=r"optimizer state 16.81 MB.* an optimizer that keeps less\.$"):
+        made.run(batch)
+
+
+def test_where_one_sample_does_not_fit_the_assumption_is_told_too() -> None:
+    model, batch = model_and_batch()
+    parameters = sum(p.nbytes for p in model.parameters())
+    max_memory = 4 * parameters + batch[0].nbytes + batch[1].nbytes + 1000
+    with pytest.raises(ValueError, match=r"one sample does not fit into .* The state is that of AdamW, because no opt"):
+        mb.Accumulator(model, loss_fn, micro_batch_size="auto", max_memory=max_memory).run(batch)
+
+
+def test_the_search_steps_no_optimizer_and_leaves_its_state_alone() -> None:
+    model, batch = model_and_batch()
+    optimizer = torch.optim.AdamW(model.parameters())
+    made = mb.Accumulator(model, loss_fn, micro_batch_size="auto", max_memory="50MB", optimizer=optimizer)
+    before = [p.clone() for p in model.parameters()]
+    report = made.run(batch)
+    assert not optimizer.state
+    assert all(map(torch.equal, before, model.parameters()))
+    mb.apply_update(optimizer, report)
+    assert len(optimizer.state) == len(before)
+
+
 def search(seconds_per_sample: dict[int, float], largest: int, n: int) -> tuple[AutoSize, list[int]]:
     """Run a search on invented times (a table by upper bounds of size) and return it with the sizes that it tried."""
     limit, tried = AutoSize(None), []

@@ -51,10 +51,12 @@ LEVELS = (
     ("criteria", "tally", "rehearsal", "update_memory"),
     ("report",),
     ("recovery", "measuring", "seeds", "moment_average"),
+    ("call_notes",),
     ("fitting", "auto_size"),
     # What a size needs is known before anything runs, so it stands below what runs: decision 0002.
     ("checkpointing",),
-    ("planning", "arguments"),
+    ("arguments",),
+    ("planning",),
     ("searching", "grouping"),
     ("scheduled_batches",),
     # L1 mechanism

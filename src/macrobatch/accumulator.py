@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from macrobatch import arguments, structure
@@ -54,6 +55,7 @@ class Accumulator:
 
     `micro_batch_size`: the most samples in one forward and backward; None takes windows as they come; "auto" finds the
     fastest that fits into `max_memory` (bytes, "6GB", "80%", None for what the device has) during the first windows.
+    `optimizer`: one or several, whose state "auto" leaves room for, as `plan` does; None assumes AdamW's. Not stepped.
     `count`: micro-batch to number of loss terms, or `{name: number}` for several denominators.
     `batch_norm`: "exact" normalises over the whole window, "pooled" gathers its running statistics, "micro_batch" does
     neither, on purpose; None does neither and warns of the layers that this concerns. See the page on batchnorm.
@@ -79,6 +81,7 @@ class Accumulator:
         *,
         micro_batch_size: int | Literal["auto"] | None = None,
         max_memory: int | str | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
         count: CountFn | None = None,
         batch_norm: BatchNorm | None = None,
         frozen: Sequence[nn.Module] = (),
@@ -101,6 +104,7 @@ class Accumulator:
         self._way = way_of(batch_norm, measure, rng, cut)
         self._limit = self._way.limit(micro_batch_size, max_memory)
         self._max_memory = check_max_memory(max_memory)
+        self._optimizers = arguments.check_optimizer(optimizer)
         self._modules = modules_of(model) + ([loss_fn] if isinstance(loss_fn, nn.Module) else [])
         self._beginnings = Beginnings()
         self._frozen = arguments.check_frozen(frozen)
@@ -225,6 +229,7 @@ class Accumulator:
                     self.loss_fn,
                     batch,
                     max_memory=self._max_memory,
+                    optimizers=self._optimizers,
                     device=self._recipe.device,
                     autocast=self._recipe.autocast,
                     frozen=self._frozen,

@@ -1,7 +1,7 @@
 """What an Accumulator is given, checked before any work: a check returns its argument, or is a ValueError."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, ValuesView
 from contextlib import AbstractContextManager, _GeneratorContextManager
 from inspect import isfunction
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
+from torch.optim import Optimizer
 
 from macrobatch.auto_size import AutoSize
 from macrobatch.batch import Cut, NumSamples, check_size
@@ -173,6 +174,25 @@ def check_flag(value: bool, name: str) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes
+
+
+def check_optimizer(optimizer: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
+    """The optimizers whose state a plan counts, one or several; none for None."""
+    if optimizer is None:
+        return []
+    several = isinstance(optimizer, Sequence | Set | ValuesView | Iterator) and not isinstance(optimizer, str)
+    optimizers: list[Any] = list(optimizer) if several else [optimizer]  # type: ignore[arg-type]  # seen above
+    for each in optimizers:
+        if not isinstance(each, Optimizer):
+            is_class = isinstance(each, type) and issubclass(each, Optimizer)
+            advice = ": give list(optimizers.values())" if isinstance(each, Mapping) else ""
+            advice = f": give {each.__name__}(model.parameters(), ...)" if is_class else advice
+            raise ValueError(
+                f"optimizer must be a torch optimizer, several, or None for AdamW's state, got {given(each)}{advice}"
+            )
+    if not optimizers:
+        raise ValueError("optimizer holds no optimizer: give those that step, or None, which plans for AdamW's state")
+    return optimizers
 
 
 def limit_of(micro_batch_size: int | Literal["auto"] | None, max_memory: int | str | None) -> SizeLimit:

@@ -10,12 +10,14 @@ from typing import Literal
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from macrobatch.call_notes import note_call
 from macrobatch.modules import submodules
 from macrobatch.prediction import Fit, Trace, activations_at, largest_predicted, largest_that_fits
 from macrobatch.recovery import is_out_of_memory
 from macrobatch.rehearsal import Rehearsal
 from macrobatch.state import SMALL
 from macrobatch.storages import format_bytes
+from macrobatch.structure import Nested
 from macrobatch.update_memory import UpdateMemory, update_memory
 
 MAX_FAKE_RUNS, MAX_PROBES = 4, 8
@@ -45,13 +47,24 @@ class Memory:
 
 
 class Account:
-    """What windows of `num_samples` samples take with these optimizers (none: AdamW is assumed), within `max_bytes`."""
+    """What windows of `num_samples` samples take with these optimizers (none: AdamW is assumed), within `max_bytes`.
 
-    def __init__(self, rehearsal: Rehearsal, optimizers: Sequence[Optimizer], num_samples: int, max_bytes: int) -> None:
+    `sample`: the batch that is rehearsed, for the note on an error of the loss_fn.
+    """
+
+    def __init__(
+        self,
+        rehearsal: Rehearsal,
+        optimizers: Sequence[Optimizer],
+        num_samples: int,
+        max_bytes: int,
+        sample: Nested = None,
+    ) -> None:
         self.rehearsal = rehearsal
         self.num_samples = num_samples
         self.max_bytes = max_bytes
-        self._optimizers = optimizers
+        self._sample = sample
+        self.optimizers = optimizers
         self._updates: dict[frozenset[int], UpdateMemory] = {}
         self._one, self._two = rehearsal.input_bytes(1), rehearsal.input_bytes(2 if rehearsal.largest != 1 else 1)
         self._window = rehearsal.input_bytes(num_samples)
@@ -61,7 +74,7 @@ class Account:
     def update(self, idle: frozenset[int] = frozenset()) -> UpdateMemory:
         """What the optimizers take, if the parameters at the positions `idle` get no gradients."""
         if idle not in self._updates:
-            self._updates[idle] = update_memory(self.rehearsal.stage, self._optimizers, idle)
+            self._updates[idle] = update_memory(self.rehearsal.stage, self.optimizers, idle)
         return self._updates[idle]
 
     def inputs(self, size: int) -> int:
@@ -128,6 +141,8 @@ class Account:
             return self.rehearsal.real(size, limit)
         except Exception as error:
             if not is_out_of_memory(error):
+                if self._sample is not None:
+                    note_call(error, "loss_fn", self._sample, "was made of")
                 raise
             return None
 
@@ -155,6 +170,8 @@ _REMEDIES = (
     "shorter or smaller samples, a larger budget."
 )
 
+_ASSUMED = " The state is that of AdamW, because no optimizer was given: optimizer= tells which one trains."
+
 
 def _refusal(account: Account, traces: Sequence[Trace]) -> str:
     """Why not even one sample fits, and what would help."""
@@ -167,15 +184,16 @@ def _refusal(account: Account, traces: Sequence[Trace]) -> str:
         f"parameters {format_bytes(needed.parameters)}, gradients {format_bytes(needed.gradients)}, optimizer state "
         f"{format_bytes(needed.optimizer_state)}, inputs {format_bytes(needed.inputs)}"
     )
+    assumed = "" if account.optimizers else _ASSUMED
     if state > account.max_bytes:
         return (
             f"{budget} is less than the model's own state, {format_bytes(state)} ({kinds}): no micro-batch size helps. "
-            "Give more, train fewer parameters, or use an optimizer that keeps less"
+            f"Give more, train fewer parameters, or use an optimizer that keeps less.{assumed}"
         )
     recomputing = [trace.with_checkpointing() for trace in traces if trace.checkpointed is not None]
     fits = largest_predicted(recomputing, account.room, 0, account.num_samples) if recomputing else 0
     checkpointed = f" With its {traces[0].num_blocks} blocks checkpointed about {fits} would fit." if fits else ""
     return (
         f"one sample does not fit into {budget}: it needs {format_bytes(needed.peak)} ({kinds}, activations "
-        f"{format_bytes(needed.activations)}). {_REMEDIES}{checkpointed}"
+        f"{format_bytes(needed.activations)}). {_REMEDIES}{checkpointed}{assumed}"
     )

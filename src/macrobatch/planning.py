@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from macrobatch.arguments import check_optimizer
 from macrobatch.batch import Cut, NumSamples
 from macrobatch.budget import budget_bytes, checked_device
 from macrobatch.checkpointing import Checkpointing, compare_checkpointing
@@ -125,6 +126,7 @@ def plan(
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of samples, at least 1, got {batch_size!r}")
+    optimizers = check_optimizer(optimizer)
     where = None if device is None else checked_device(device)
     rehearsal = Rehearsal(
         model,
@@ -139,10 +141,9 @@ def plan(
     )
     checked_device(rehearsal.device)
     max_bytes = budget_bytes(max_memory, rehearsal.device, _bytes_on_device(rehearsal))
-    optimizers = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     share = -(-batch_size // Ranks.of(AUTO).size)
     usable = int(max_bytes * (1 - CUDA_MARGIN)) if rehearsal.device.type == "cuda" else max_bytes
-    planner = _Planner(Account(rehearsal, optimizers, share, usable))
+    planner = _Planner(Account(rehearsal, optimizers, share, usable, sample_batch))
     return planner.plan(batch_size, max_bytes, measure_speed and rehearsal.stage.home == rehearsal.device)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from macrobatch.auto_size import AutoSize
 from macrobatch.batch import Cut, NumSamples, Window
@@ -20,6 +21,7 @@ def begin_search(
     batch: Nested,
     *,
     max_memory: int | str | None,
+    optimizers: Sequence[Optimizer],
     device: torch.device | None,
     autocast: Any,
     frozen: Sequence[nn.Module],
@@ -29,7 +31,8 @@ def begin_search(
 ) -> None:
     """The search has a largest size to begin with, if this rank has a sample to plan for; else the next window tells.
 
-    `batch`: a collated batch, or a window, of which the largest micro-batch stands for all.
+    `batch`: a collated batch, or a window, of which the largest micro-batch stands for all. `optimizers`: whose state
+    stands beside; none: AdamW's is assumed.
     """
     sample = batch
     if isinstance(batch, Window):
@@ -46,6 +49,7 @@ def begin_search(
             sample,
             batch_size=n * Ranks.of(AUTO).size,
             max_memory=max_memory,
+            optimizer=optimizers or None,
             device=device,
             measure_speed=False,
             autocast=autocast,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from macrobatch.batch import Window
+from macrobatch.call_notes import note_call
 from macrobatch.devices import CPU, device_of
 from macrobatch.distributed import GradientReduction, GroupChoice, Ranks, is_distributed
 from macrobatch.engine import backward
@@ -98,7 +99,12 @@ class WindowPass:
     def _terms(self, micro_batch: Nested, num_samples: int) -> Terms:
         if num_samples == 0:
             raise ValueError("a micro-batch of the window holds no samples: leave it out")
-        output = self._loss_fn(self.recipe.model, micro_batch)
+        try:
+            output = self._loss_fn(self.recipe.model, micro_batch)
+        except Exception as error:
+            if self._is_first:
+                note_call(error, "loss_fn", micro_batch)
+            raise
         terms = terms_of(output, num_samples, self._counts is not None)
         if self._is_first and terms.is_mean:
             refuse_bare_token_mean(micro_batch)
