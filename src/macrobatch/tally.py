@@ -38,7 +38,7 @@ class Tally:
         for name, value in terms.sums.items():
             sums[name] = 0.0 if terms.is_empty else _kept(value)  # where there are no terms, their sum may be NaN
         metrics = {name: _own(value) for name, value in terms.metrics.items()} if terms.metrics else {}
-        weight = None if terms.weight is None else _own(terms.weight)
+        weight = _own(terms.weight) if isinstance(terms.weight, Tensor) else terms.weight
         self._records.append(Record(num_samples, sums, terms.multiplier, metrics, weight))
 
     @property
