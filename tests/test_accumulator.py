@@ -442,8 +442,8 @@ def run(loss_fn: object, batch: object = None, model: nn.Module | None = None, *
     return mb.Accumulator(model or regressor(), loss_fn, **options).run(points() if batch is None else batch)
 
 
-def test_a_bare_token_mean_is_refused_and_the_two_exact_forms_are_shown() -> None:
-    with pytest.raises(ValueError, match=r"(?s)mean over valid tokens.*valid_tokens\(labels.*mean \* n, n"):
+def test_a_bare_token_mean_is_refused_and_the_exact_forms_are_shown() -> None:
+    with pytest.raises(ValueError, match=r"(?s)mean over valid tokens.*valid_tokens\(batch\['labels'\].*mean \* n, n"):
         run(token_mean, tokens_and_labels(), tagger())
 
 
