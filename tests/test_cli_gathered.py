@@ -414,7 +414,7 @@ def test_a_batch_that_grows_by_noise_is_refused_and_one_that_grows_by_plan_is_no
 def test_a_size_that_would_change_the_model_is_the_tasks_own_and_not_found(tmp_path: Path) -> None:
     options = [*TOWERS, "--task-option", "hidden=8", "--task-option", "norm=True", "--steps", "1"]
     said = run("train", *options, "--output", tmp_path / "run")
-    assert "note: the micro-batch size is the task's own, not auto: left.1 (BatchNorm1d) normalises over the" in said
+    assert "note: the micro-batch size is the task's own, not auto: 'left.1' (BatchNorm1d) normalises over the" in said
     refused = run("train", *options, "--micro-batch-size", "auto", "--output", tmp_path / "other", code=2)
     assert "--micro-batch-size auto would change the result" in refused
 

@@ -146,7 +146,7 @@ def test_what_cannot_be_measured_is_refused_before_any_work(tmp_path: Path) -> N
     for options, message in [
         ([*TASK, "--batch-size", 1], "one of 1 sample has only one: give a --batch-size of at least 2"),
         ([*TASK, "--micro-batch-size", 0], "a whole number of at least 1 is needed; got 0"),
-        ([*digits, "--per-example"], "--per-example takes the samples one by one, and 1 (BatchNorm2d) normalises"),
+        ([*digits, "--per-example"], "--per-example takes the samples one by one, and '1' (BatchNorm2d) normalises"),
         ([*digits, "--batch-size", 16], "give --micro-batch-size, a number below 16"),
         ([*TASK, "--repeats", 2], "--repeats: only for branches; give --branched too"),
         ([*TASK, "--branched", "--factors", "0,2"], "whole numbers above 1 are needed, as in 2,4,8; got '0,2'"),
@@ -220,7 +220,7 @@ def test_adam_branches_have_the_square_root_and_leave_the_run_as_it_was() -> Non
         trained.advance(window)
     before = {name: value.clone() for name, value in trained.model.state_dict().items()}
     brancher = Brancher(trained, BranchOptions((1, 4), 64, 1, 0.01))
-    ctrl_c = CtrlC(lambda _: None)
+    ctrl_c = CtrlC(lambda _: None, "this branch", "what branches told")
     found = brancher.branches(_quiet(), ctrl_c)
     assert found is not None
     assert [branch.learning_rate for branch in found.branches] == pytest.approx([0.01, 0.02])

@@ -138,7 +138,7 @@ def test_a_model_that_needs_real_numbers_is_planned_by_probes_and_it_says_so(tmp
 
 def test_a_layer_that_couples_samples_is_named(tmp_path: Path) -> None:
     said = run("plan", "--task", "test_cli_plan:normalising", "--output", tmp_path / "run")
-    assert "note: 1 (BatchNorm1d) normalises over the micro-batch: its size changes the result" in said
+    assert "note: '1' (BatchNorm1d) normalises over the micro-batch: its size changes the result" in said
 
 
 def test_bars_are_as_long_as_their_share_of_the_peak_and_what_was_not_timed_is_a_dash() -> None:

@@ -281,7 +281,7 @@ def test_a_found_size_keeps_within_the_budget(tmp_path: Path) -> None:
 
 def test_a_layer_that_couples_samples_keeps_the_tasks_own_size_and_a_line_says_so(tmp_path: Path) -> None:
     said = run("--task", "digits", "--task-option", "width=2", "--steps", "2", "--output", tmp_path / "run")
-    assert "note: the micro-batch size is the task's own, not auto: 1 (BatchNorm2d) normalises over" in said
+    assert "note: the micro-batch size is the task's own, not auto: '1' (BatchNorm2d) normalises over" in said
     assert summary(tmp_path / "run")["micro_batch_size"] == load_task("digits").micro_batch_size
 
 
@@ -422,9 +422,60 @@ def test_an_output_folder_that_cannot_be_written_is_named(tmp_path: Path) -> Non
     assert (tmp_path / "file").read_text() == "something"
 
 
-def test_a_bug_in_a_task_of_ones_own_keeps_its_traceback(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a bug of my own"):
-        run("--task", "own_tasks:broken", "--output", tmp_path / "run")
+def wrong_layer() -> Task:
+    return replace(line(), model=nn.Linear(3, "1"))  # type: ignore[arg-type]  # a bug
+
+
+@pytest.mark.parametrize(
+    ("function", "said_of_it", "bug"),
+    [
+        ("own_tasks:broken", "ValueError: a bug of my own", 'raise ValueError("a bug of my own")'),
+        (
+            "test_cli_train:wrong_layer",
+            "TypeError: empty()",
+            "return replace(line(), model=nn.Linear",
+        ),
+    ],
+)
+def test_what_a_task_function_of_ones_own_raises_is_one_line_that_says_where(
+    function: str, said_of_it: str, bug: str, tmp_path: Path
+) -> None:
+    file = Path(__file__).with_name(function.partition(":")[0] + ".py")
+    number = next(j for j, text in enumerate(file.read_text().splitlines(), 1) if bug in text)
+    said = run("--task", function, "--output", tmp_path / "run", code=2)
+    errors = [each for each in said.splitlines() if each.startswith("error:")]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: the task {function} raised {said_of_it}")
+    assert errors[0].endswith(f"({file}, line {number})")
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said_of_it"),
+    [
+        ("x = 1\nimport no_such_package_at_all\n", r"ModuleNotFoundError: No module named 'no_such.* line 2\)$"),
+        ("x = [][3]\n", r"IndexError: list index out of range \(.*, line 1\)$"),
+        ("def task(:\n", r"raised File \".*\", line 1 .* SyntaxError: invalid syntax$"),
+    ],
+)
+def test_what_importing_ones_own_module_raises_is_one_line_too(
+    text: str, said_of_it: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"imported_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    said = run("--task", f"{name}:task", "--output", tmp_path / "run", code=2)
+    error = next(each for each in said.splitlines() if each.startswith("error:"))
+    assert error.startswith(f"error: the task {name}:task raised ")
+    assert re.search(said_of_it, error)
+
+
+def test_a_task_function_that_needs_an_argument_says_which(tmp_path: Path) -> None:
+    said = run("--task", "own_tasks:squares", "--output", tmp_path / "run", code=2)
+    assert (
+        "error: the task own_tasks:squares raised TypeError: squares() missing 2 required positional arguments" in said
+    )
 
 
 def test_without_an_extra_the_command_line_says_what_to_install() -> None:
@@ -624,9 +675,39 @@ def test_ctrl_c_keeps_what_is_done_and_ends_with_130(tmp_path: Path) -> None:
     assert summary(folder)["validation_loss"] is None
     assert set(weights(folder)) == {"weight", "bias"}
     assert (folder / "loss.png").exists()
-    assert "stopping after this update; Ctrl-C again to stop now (without plot and weights)" in said
+    assert "stopping after this update; Ctrl-C again to stop now, without weights, plot and summary" in said
     assert f"interrupted at update {len(done)}: {len(done)} of 100,000 updates" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("ends", "lost", "kept"),
+    [
+        (False, "without weights, plot and summary", "metrics.jsonl"),
+        (True, "without plot and summary", "metrics.jsonl, model.safetensors"),
+    ],
+)
+def test_a_second_ctrl_c_says_what_is_there(ends: bool, lost: str, kept: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    seconds = ["--task-option", f"seconds={0.5 if ends else 2}"]  # long enough for a second signal in between
+    child = start(folder, "--steps", "1" if ends else "9", "--batch-size", "3", *seconds)
+    assert child.stdout is not None
+    seen: list[str] = []
+    while not seen or ("validating" if ends else "writing to") not in seen[-1]:
+        seen.append(child.stdout.readline())
+        assert seen[-1], "".join(seen)
+    if not ends:
+        wait_for_updates(folder, 1)
+    child.send_signal(signal.SIGINT)
+    while "Ctrl-C again" not in seen[-1]:
+        seen.append(child.stdout.readline())
+        assert seen[-1], "".join(seen)
+    assert lost in seen[-1]
+    child.send_signal(signal.SIGINT)
+    said, _ = child.communicate(timeout=120)
+    assert child.returncode == 130, said
+    assert f"interrupted: {kept} in {folder}" in said
+    assert sorted(path.name for path in folder.iterdir() if path.name[0] != ".") == kept.split(", ")
 
 
 def test_ctrl_c_before_the_first_update_leaves_nothing_and_ends_with_130(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_the_micro_batch_size_is_found_only_where_asked(tmp_path: Path) -> None:
     assert 1 <= strict_json(tmp_path / "auto" / "compare.json")["micro_batch_size"] <= 8
     assert "Accumulation equals the native large batch" in said
     refused = run("--task", "digits", "--micro-batch-size", "auto", "--output", tmp_path / "digits", code=2)
-    assert "error: --micro-batch-size auto would change the result: 1 (BatchNorm2d) normalises" in refused
+    assert "error: --micro-batch-size auto would change the result: '1' (BatchNorm2d) normalises" in refused
     assert "Leave out --micro-batch-size (the task's own is 16), or give a number" in " ".join(refused.split())
     assert "batch_norm=" not in refused  # which is no option of the command
 
@@ -421,7 +421,7 @@ def test_the_base_of_these_tests_says_what_accumulation_is() -> None:
     titles = [finding.title for finding in words.findings(comparison())]
     assert titles == [
         "Accumulation equals the native large batch; it does not beat it",
-        "What accumulation buys is memory: 0.14 of the native peak",
+        "What accumulation buys is memory: 0.14 of the native peak, 7.3 times less",
         "The variance of an update's gradient falls as one over the batch size",
         "From the same samples at the same learning rate, the small batch learned faster",
         "A batch of 64 is larger than the gradient noise scale: its last samples add less than its first",

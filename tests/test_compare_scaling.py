@@ -12,11 +12,11 @@ import pytest
 import torch
 from helpers import benchmark
 from own_tasks import line
-from test_compare import comparison, course, run, strict_json
+from test_compare import comparison, course, run, strict_json, validation
 from torch import Tensor, nn
 
 from macrobatch import GradientNoiseScale
-from macrobatch.cli import scale_words, words
+from macrobatch.cli import scale_words, sharpness_words, words
 from macrobatch.cli.comparison import Comparison, Memory, NoisePoint, Repeat, Result
 from macrobatch.cli.curvature import sharpness_of
 from macrobatch.cli.estimates import Estimate
@@ -358,15 +358,43 @@ def with_sharpness(small: Sequence[float], large: Sequence[float]) -> Comparison
 def test_the_words_on_flat_minima_claim_no_more_than_the_seeds_show(
     small: list[float], large: list[float], title: str, text: str
 ) -> None:
-    found = scale_words.sharpness(with_sharpness(small, large))
+    found = sharpness_words.sharpness(with_sharpness(small, large))
     assert found is not None
     assert title in found.title
     assert text in found.text
     assert "have not come equally far" in found.text
 
 
+@pytest.mark.parametrize(
+    ("loss", "spread", "said"),
+    [
+        (2.0, 0.0, "The runs have not come equally far (validation losses 2.000 and 2.500)"),
+        (
+            2.4,
+            0.6,
+            "Whether the runs have come equally far, the losses do not tell (validation losses 2.400 and 2.500)",
+        ),
+        (2.501, 0.0, "The runs have come equally far (validation losses 2.501 and 2.500)"),
+    ],
+)
+def test_that_the_runs_have_not_come_equally_far_is_said_only_where_it_is_known(
+    loss: float, spread: float, said: str
+) -> None:
+    base = with_sharpness([3.0], [5.0])
+    one = course(loss, updates=128)
+    if spread:
+        losses = [loss + spread * (part % 3 - 1) for part in range(6)]
+        one = replace(one, final=validation(losses))
+    found = sharpness_words.sharpness(
+        replace(base, results={**base.results, "small": replace(base.results["small"], course=one)})
+    )
+    assert found is not None
+    assert said in found.text
+    assert ("how sharp a place is changes along the way" in found.text) == ("not come equally far" in said)
+
+
 def test_without_sharpness_there_are_no_words_no_row_and_no_figure_of_it() -> None:
-    assert scale_words.sharpness(comparison()) is None
+    assert sharpness_words.sharpness(comparison()) is None
     assert "sharpness" not in dict(rows(comparison()))
     assert page(comparison(), words.findings(comparison())).count("<svg") == len(PLOTS) - 1
 
@@ -425,7 +453,7 @@ def test_why_scaling_did_not_help_is_said_as_far_as_the_numbers_show_it() -> Non
     noisy = scale_words.scaled_rate(scaled(2.9, gradient_squared=Estimate(0.01, 0.0005)))
     assert behind is not None
     assert noisy is not None
-    assert "of 64 samples they are not, where accumulation ended (noise scale 13)" in behind.text
+    assert "of 64 samples was mostly signal: the two are equal at the noise scale of 13 samples" in behind.text
     assert "mostly noise" not in noisy.text
     assert "On the way it was ahead" not in behind.text
     early = replace(scaled(2.9).results["scaled"].course, validation_losses=[(0, 5.5), (512, 2.4), (1024, 2.9)])  # type: ignore[type-var]

@@ -209,6 +209,51 @@ def test_a_noise_scale_with_a_wide_interval_is_not_about_anything() -> None:
     )
 
 
+def test_of_a_model_with_batchnorm_the_noise_scale_is_said_to_be_a_hint_and_nothing_follows_from_it() -> None:
+    plain, coupled_model = comparison(), comparison(coupling_layer="'1' (BatchNorm2d)")
+    found = scale_words.noise(coupled_model)
+    assert "'1' (BatchNorm2d) couples samples" in found.title
+    assert "take these numbers as a hint, of this micro-batch size only." in found.text
+    assert "BatchNorm couples samples: the number is a hint" in page(scaled_with(coupled_model), [])
+    lost = scale_words.noise(replace(coupled_model, gradient_squared=Estimate(0.01, 0.01)))
+    assert "mostly noise" not in lost.title
+    assert "as a hint" in lost.text
+    for sentence in ("is worth about", "larger than the gradient noise scale"):
+        assert sentence not in f"{found.title}. {found.text}"
+        assert sentence in f"{scale_words.noise(plain).title}. {scale_words.noise(plain).text}"  # the control
+    # Nor is it a reason for what a scaled rate did.
+    behind = scaled(2.9)
+    known, hint = (scale_words.scaled_rate(replace(behind, coupling_layer=layer)) for layer in (None, "'1' (B)"))
+    assert known is not None
+    assert hint is not None
+    assert "the noise scale of 13 samples" in known.text
+    assert "noise scale" not in hint.text
+
+
+def scaled_with(other: Comparison) -> Comparison:
+    return replace(scaled(2.2), coupling_layer=other.coupling_layer)
+
+
+def watched(*points: tuple[int, float, float]) -> str:
+    base = scaled(2.2)
+    made = base.results["scaled"].course
+    assert made is not None
+    noise = [NoisePoint(samples, low, low, high) for samples, low, high in points]
+    result = replace(base.results["scaled"], course=replace(made, noise=noise))
+    return scale_words.noise(replace(base, results={**base.results, "scaled": result})).text
+
+
+def test_points_whose_interval_has_no_upper_end_are_said_beside_the_two_that_are_quoted() -> None:
+    nothing = math.inf
+    said = watched((128, 10, 20), (256, 30, nothing), (512, 30, nothing), (1024, 40, 60))
+    assert "between 10 and 20 after 128 samples, between 40 and 60 at the end" in said
+    assert "Its interval had no upper end at 2 of 4 points, from 256 to 512 samples." in said
+    last = watched((128, 10, 20), (512, 40, 60), (1024, 40, nothing))
+    assert "between 40 and 60 after 512 samples (95%)" in last
+    assert "Its interval had no upper end after 1,024 samples." in last
+    assert "no upper end" not in watched((128, 10, 20), (1024, 40, 60))
+
+
 # ---- the best before the end
 
 
@@ -219,8 +264,8 @@ def risen(lowest: float, final: float, *, updates: int, training: float) -> Cour
     return replace(base, losses=losses, validation_losses=[(0, 5.5), (512, lowest), (1024, final)])
 
 
-def all_risen(rise: float, training: float = 1.0) -> Comparison:
-    base = comparison()
+def all_risen(rise: float, training: float = 1.0, data_size: int = 128) -> Comparison:
+    base = comparison(data_size=data_size)  # of 1,024 samples in all
     results = {
         key: replace(result, course=risen(2.0, 2.0 + rise, updates=128 if key == "small" else 16, training=training))
         for key, result in base.results.items()
@@ -247,8 +292,47 @@ def test_a_rise_without_a_training_loss_that_falls_is_no_overfitting() -> None:
     assert "which is overfitting" not in found.text
 
 
+# The course of a run at a learning rate that is too large, through 512 of 1,438 samples.
+DIVERGED = [(0, 2.3), (64, 2.5), (128, 9.3), (192, 17.3), (256, 12.3), (320, 5.9), (896, 1.8), (1024, 2.2)]
+
+
+@pytest.mark.parametrize(("data_size", "seen"), [(1438, "No"), (1024, "No"), (1000, "Hardly a")])
+def test_where_no_sample_was_seen_twice_nothing_is_called_overfitting(data_size: int, seen: str) -> None:
+    diverged = replace(risen(1.8, 2.2, updates=16, training=1.0), validation_losses=DIVERGED)
+    base = replace(scaled(2.2), data_size=data_size)
+    fell = replace(course(1.5, updates=16), validation_losses=[(n, 2.3 - 0.8 * n / 1024) for n, _ in DIVERGED])
+    results = {key: replace(result, course=fell) for key, result in base.results.items()}
+    results["scaled"] = replace(base.results["scaled"], course=diverged)
+    text = text_of(replace(base, results=results))
+    assert f"{seen} training sample was seen twice, so that this is" in text
+    assert "an unsteady course, as near the largest rate that trains: accumulated, lr scaled rose to 17.300" in text
+    assert "Its course was unsteady: its loss rose to 17.300 after 192 samples and fell again" in text
+    assert "which is overfitting" not in text
+    assert "overfitted" not in text
+    # The control: of few samples, seen again and again.
+    again = text_of(replace(base, results=results, data_size=128))
+    assert "which is overfitting" in again
+    assert "It overfitted: its lowest loss was 1.800" in again
+
+
+def test_a_small_batch_that_saw_each_sample_once_did_not_overfit() -> None:
+    once = with_result("small", course=risen(1.9, 3.0, updates=128, training=1.0))
+    text = text_of(once)
+    assert "overfitted" not in text
+    assert "so that this is no overfitting. The losses do not tell why" in text
+    assert "unsteady" not in text  # it fell, and then rose: nowhere did it fall again
+
+
+def test_a_course_that_only_falls_or_moves_by_little_is_not_unsteady() -> None:
+    assert course_words.rise_of(course(2.0, updates=16)) is None
+    little = [(0, 2.0), (64, 2.1), (1024, 1.0)]
+    assert course_words.rise_of(replace(course(1.0, updates=16), validation_losses=little)) is None
+    steep = [(0, 2.0), (64, 2.3), (1024, 1.0)]
+    assert course_words.rise_of(replace(course(1.0, updates=16), validation_losses=steep)) == (64, 2.3)
+
+
 def test_how_many_ways_were_best_before_the_end_is_said() -> None:
-    one = with_result("small", course=risen(1.9, 3.0, updates=128, training=1.0))
+    one = replace(with_result("small", course=risen(1.9, 3.0, updates=128, training=1.0)), data_size=512)
     found = course_words.past_best(one)
     assert found is not None
     assert found.title.startswith("1 of 3 ways had their lowest")
@@ -262,7 +346,7 @@ def test_how_many_ways_were_best_before_the_end_is_said() -> None:
 def test_a_scaled_rate_that_overfitted_is_not_said_to_be_too_large() -> None:
     base = scaled(2.9)
     result = replace(base.results["scaled"], course=risen(2.3, 2.9, updates=16, training=1.0))
-    found = scale_words.scaled_rate(replace(base, results={**base.results, "scaled": result}))
+    found = scale_words.scaled_rate(replace(base, results={**base.results, "scaled": result}, data_size=512))
     control = scale_words.scaled_rate(base)
     assert found is not None
     assert control is not None

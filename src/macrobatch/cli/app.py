@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from macrobatch.cli.command import command, folder_name, loaded
+from macrobatch.cli.command import command, folder_name, loaded, task_of
 from macrobatch.cli.options import (
     BaseBatchSize,
     BatchSchedule,
@@ -34,7 +34,6 @@ from macrobatch.cli.options import (
     option,
 )
 from macrobatch.cli.preparing import busy
-from macrobatch.tasks import load_task
 
 app = typer.Typer(
     name="macrobatch",
@@ -145,7 +144,7 @@ def compare(
         seed=seed,
     )
     with command(output or Path("runs") / f"compare-{folder_name(task)}", threads) as (console, folder):
-        compare_ways(lambda each: load_task(task, seed=each, **dict(task_option or [])), options, folder, console)
+        compare_ways(lambda each: task_of(task, task_option, each), options, folder, console)
 
 
 @app.command()

@@ -66,8 +66,7 @@ def branched_run(run: Run, options: BranchOptions, folder: Path, console: Consol
     code = noise(run, folder, console)
     if code != 0:
         return code
-    with CtrlC(lambda text: say(console, text)) as ctrl_c:
-        ctrl_c.at_hand = "this branch"
+    with CtrlC(lambda text: say(console, text), "this branch", "what branches told") as ctrl_c:
         say(console, brancher.announcement)
         found = brancher.branches(console, ctrl_c)
     if found is None:

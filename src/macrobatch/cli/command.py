@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from macrobatch.cli.errors import short_errors
+from macrobatch.cli.errors import said_where, short_errors
 from macrobatch.cli.preparing import busy
 from macrobatch.cli.runfiles import new_folder, release
 from macrobatch.tasks import Task, load_task
@@ -20,6 +20,12 @@ from macrobatch.tasks import Task, load_task
 def loaded(console: Console, name: str, options: list[Any] | None, seed: int) -> Task:
     """The task, from its name and the options given; the terminal says that it is being loaded."""
     with busy(console, f"loading {name}"):
+        return task_of(name, options, seed)
+
+
+def task_of(name: str, options: list[Any] | None, seed: int) -> Task:
+    """The task, from its name and the options given; what its own code raises is said in a line."""
+    with said_where(name):
         return load_task(name, seed=seed, **dict(options or []))
 
 
@@ -40,8 +46,8 @@ def command(wanted: Path, threads: int | None = None) -> Iterator[tuple[Console,
         try:
             yield console, folder
         except KeyboardInterrupt:
-            written = any(not path.name.startswith(".") for path in folder.iterdir())  # all but the mark of its run
-            kept = f"what was written is in {folder}" if written else "nothing was written"
+            written = sorted(path.name for path in folder.iterdir() if path.name[0] != ".")  # all but its run's mark
+            kept = f"{', '.join(written)} in {folder}" if written else "nothing was written"
             mistakes.print(f"interrupted: {escape(kept)}", soft_wrap=True)
             raise typer.Exit(130) from None
         finally:

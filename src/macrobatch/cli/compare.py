@@ -15,6 +15,7 @@ from macrobatch.cli.comparer import Comparer
 from macrobatch.cli.comparison import Comparison, Result
 from macrobatch.cli.estimates import Estimate
 from macrobatch.cli.figures import save_main_picture
+from macrobatch.cli.forecast import coupling_layer
 from macrobatch.cli.formats import bytes_text, counted, duration_text
 from macrobatch.cli.gradient_meter import GradientStatistics
 from macrobatch.cli.metric_check import check_metrics
@@ -59,7 +60,7 @@ def headline(comparer: Comparer, folder: Path) -> list[str]:
     seconds = comparer.seconds()
     hours = "hours:" if seconds >= 3600 else ""
     return [
-        f"{task.name}: {task.description}" if task.description else task.name,
+        f"{task.name}: {task.description}" if task.description else f"task {task.name}",
         f"the same {comparer.samples:,} samples ({comparer.num_batches:,} × {comparer.batch_size}) in the same order, "
         f"from the same weights, at learning rate "
         f"{comparer.learning_rate:.3g}{budget}{seeds}:",
@@ -132,6 +133,8 @@ def _comparison(comparer: Comparer, gradients: GradientStatistics, **measured: A
         scaling=comparer.scaling,
         not_scaled=comparer.not_scaled,
         sharpness_samples=comparer.sharpness_samples,
+        coupling_layer=coupling_layer(task.model),
+        statistics_samples=comparer.statistics_samples,
         **measured,
     )
 

@@ -3,6 +3,8 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,9 +22,10 @@ from macrobatch.cli.forecast import refuse_auto, sample_batch
 from macrobatch.cli.forecasts import predicted_peak
 from macrobatch.cli.formats import bytes_text
 from macrobatch.cli.gradient_meter import GradientMeter, GradientStatistics, sizes_between
-from macrobatch.cli.measure import MemoryProbe
+from macrobatch.cli.measure import MemoryProbe, window_of
 from macrobatch.cli.progress import Progress
 from macrobatch.cli.race import Racer, race, validation_points
+from macrobatch.cli.running_statistics import running_layers
 from macrobatch.cli.sampling import UpdateIndices, take
 from macrobatch.cli.scaled_rate import RateScaling, scale_with_warmup
 from macrobatch.cli.validation import validation_batches
@@ -34,6 +37,7 @@ from macrobatch.tasks import Task
 from macrobatch.tasks.task import num_samples
 
 MOST_VALIDATION_SAMPLES = 512
+MOST_STATISTICS_SAMPLES = 512  # training samples that running statistics are taken anew over
 SHORTEST_HALF_LIFE = 4.0  # of the noise scale, in windows; else an eighth of the run
 
 
@@ -64,6 +68,7 @@ class Comparer:
         self.sharpness_samples = min(options.sharpness_samples, self.data_size)
         if self.is_coupled:
             self.sizes, self.sharpness_samples = [self.micro_batch_size, self.batch_size], 0
+        self.statistics_samples = self._statistics_samples()
         self.workload = self._workload()
 
     def _micro_batch_size(self) -> int:
@@ -108,20 +113,32 @@ class Comparer:
             return None, str(error)
         return (scaling, "") if scaling.changes else (None, f"for this optimizer nothing changes: {scaling.why}")
 
-    def _racer(self, way: Way, task: Task) -> Racer:
+    def _statistics_samples(self) -> int:
+        if not running_layers(self.task.model):
+            return 0
+        return max(min(self.samples, MOST_STATISTICS_SAMPLES) // self.batch_size, 1) * self.batch_size
+
+    def _anew(self, task: Task, seed: int) -> list[Any]:
+        """The first effective batches of the run in micro-batches: running statistics are taken anew over these."""
+        batches = islice(self._indices(seed), self.statistics_samples // self.batch_size)
+        windows = [window_of(task, take(task.train, batch), self.micro_batch_size) for batch in batches]
+        return [micro_batch for window in windows for micro_batch in window]
+
+    def _racer(self, way: Way, task: Task, anew: Sequence[Any] = ()) -> Racer:
         if way.key != "scaled":
-            return Racer(task, way, self.learning_rate, self.device)
+            return Racer(task, way, self.learning_rate, self.device, anew=anew)
         noise = None
         if not self.is_coupled:
             noise = GradientNoiseScale(half_life=max(SHORTEST_HALF_LIFE, self.num_batches / 8))
-        return Racer(task, way, self.learning_rate, self.device, lambda o: self._scale(o)[0], noise)
+        return Racer(task, way, self.learning_rate, self.device, lambda o: self._scale(o)[0], noise, anew)
 
     # ------------------------------------------------------------------------------------------ how long it takes
     def _workload(self) -> Workload:
         return Workload(
             samples=self.samples,
             validations=len(self.points) + 1,
-            held_out=min(MOST_VALIDATION_SAMPLES, num_samples(self.task.validation, "validation")),
+            held_out=min(MOST_VALIDATION_SAMPLES, num_samples(self.task.validation, "validation"))
+            + self.statistics_samples,
             draws=self.draws,
             sizes=self.sizes,
             micro_batch_size=self.micro_batch_size,
@@ -173,7 +190,8 @@ class Comparer:
     def _race(
         self, task: Task, ways: Sequence[Way], seed: int, points: set[int], progress: Progress, note: str
     ) -> dict[Key, Racer]:
-        racers = [self._racer(way, task) for way in ways]
+        anew = self._anew(task, seed)
+        racers = [self._racer(way, task, anew) for way in ways]
         validation = list(validation_batches(task, self.micro_batch_size, MOST_VALIDATION_SAMPLES))
         race(
             racers,
@@ -203,7 +221,8 @@ class Comparer:
         samples = sharpness_samples(self.task, self.data_size, self.sharpness_samples, self.options.seed)
         for key, racer in racers.items():
             progress.advance(0, f"sharpness: {racer.way.name}{note}")
-            sharp = sharpness_of(racer, samples)
+            with racer.statistics_anew():
+                sharp = sharpness_of(racer, samples)
             if sharp is not None:
                 found[key] = sharp
             progress.advance(self.workload.sharpness, f"sharpness: {racer.way.name}{note}")

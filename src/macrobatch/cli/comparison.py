@@ -41,7 +41,8 @@ class Course:
 
     `window_seconds` and `window_samples`: per effective batch, whatever number of updates it was for this way. `noise`:
     the gradient noise scale along the way, where it was watched. `metrics_before`: those of the initial weights, where
-    measured.
+    measured. `loss_as_left`: the validation loss at the end by the running statistics that training left, updated
+    `num_micro_batches` times; None where there are none, else all others are by statistics taken anew.
     """
 
     losses: Sequence[tuple[int, float]]
@@ -53,6 +54,8 @@ class Course:
     skipped: int
     noise: Sequence[NoisePoint] = ()
     metrics_before: Mapping[str, float] = field(default_factory=dict)
+    num_micro_batches: int = 0
+    loss_as_left: float | None = None
 
     @property
     def seconds_per_update(self) -> float:
@@ -108,7 +111,8 @@ class Comparison:
     `plain_gradient`: only for losses that compare the samples of an update, and then not None.
     `noisy_layers`: modules whose result depends on how a batch is cut (BatchNorm), or is random (dropout). `scaling`:
     what the fourth way's rate was; None where there is none, `not_scaled` says why. `sharpness_samples`: that the
-    Hessian is over. `repeats`: the other seeds.
+    Hessian is over. `repeats`: the other seeds. `coupling_layer`: one in which samples of a micro-batch see each other,
+    None without one. `statistics_samples`: training samples that running statistics are taken anew over.
     """
 
     task: str
@@ -133,6 +137,13 @@ class Comparison:
     sharpness_samples: int = 0
     repeats: Sequence[Repeat] = ()
     plain_gradient: PlainGradient | None = None
+    coupling_layer: str | None = None
+    statistics_samples: int = 0
+
+    @property
+    def repeats_samples(self) -> bool:
+        """Whether the last eighth of the run is of samples that were all seen before."""
+        return 7 / 8 * self.samples >= self.data_size
 
     @property
     def is_coupled(self) -> bool:

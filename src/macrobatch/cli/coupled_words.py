@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from macrobatch.cli.comparison import Comparison, Course
 from macrobatch.cli.estimates import Estimate, ratio_of
 from macrobatch.cli.finding import Finding, course_of, is_clear, loss_difference, metrics_text
-from macrobatch.cli.formats import number_text, with_error
+from macrobatch.cli.formats import number_text, share_text, with_error
 from macrobatch.cli.way import Key
 
 Text = Callable[[Comparison, Course, Course, str], str]
@@ -81,7 +81,8 @@ def _gradient(comparison: Comparison) -> str:
     right = (
         ""
         if comparison.gradient_difference is None
-        else f" Gathered accumulation differs from the native batch by at most {comparison.gradient_difference:.1g}."
+        else f" Gathered accumulation differs from the native batch by at most "
+        f"{share_text(comparison.gradient_difference)} of its length."
     )
     return (
         f" Where gathered accumulation ended, the gradient of plain accumulation is off by "

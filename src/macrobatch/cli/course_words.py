@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from macrobatch.cli.comparison import Comparison, Course
@@ -10,6 +10,8 @@ from macrobatch.cli.estimates import paired_difference
 from macrobatch.cli.finding import EQUAL_LOSS, Finding
 
 SURE = 2.0  # standard errors of the loss at the end; a rise over the same samples is as a rule better known than that
+
+STEEP = 0.1  # of a loss: what it rises by on the way for the course to be called unsteady
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,36 @@ def peak_of(course: Course) -> Peak | None:
     """Where a way was best; None where that was at the end, or not clearly before it."""
     samples, loss = min(course.validation_losses, key=lambda point: point[1] if math.isfinite(point[1]) else math.inf)
     end = course.final
-    nothing = replace(end, loss=0.0, losses=[0.0] * len(end.losses))
-    least = max(EQUAL_LOSS, SURE * paired_difference(end, nothing).standard_error)
+    least = max(EQUAL_LOSS, SURE * _error_at_the_end(course))
     if not end.loss - loss > least:  # nor where one of them is not a number
         return None
     return Peak(samples, loss, end.loss, _around(course, samples) > _around(course, course.losses[-1][0]))
+
+
+def overfitting(comparison: Comparison, course: Course) -> Peak | None:
+    """Where a way was best that overfitted after it: training losses of samples seen before fell, and others rose."""
+    peak = peak_of(course)
+    return peak if peak is not None and peak.training_fell and comparison.repeats_samples else None
+
+
+def rise_of(course: Course) -> tuple[int, float] | None:
+    """The samples and the loss of the highest point of a validation curve, where it rose to it and fell again."""
+    curve = [point for point in course.validation_losses if math.isfinite(point[1])]
+    if not curve:
+        return None
+    samples, top = max(curve, key=lambda point: point[1])
+    before, after = [loss for n, loss in curve if n < samples], [loss for n, loss in curve if n > samples]
+    if not (before and after):
+        return None
+    least = max(EQUAL_LOSS, SURE * _error_at_the_end(course), STEEP * abs(min(before)))
+    return (samples, top) if top - min(before) > least and top - min(after) > least else None
+
+
+def _error_at_the_end(course: Course) -> float:
+    """The standard error of the loss at the end over the held-out samples; 0 where it is not known."""
+    nothing = replace(course.final, loss=0.0, losses=[0.0] * len(course.final.losses))
+    error = paired_difference(course.final, nothing).standard_error
+    return error if math.isfinite(error) else 0.0
 
 
 def _around(course: Course, samples: int) -> float:
@@ -54,9 +81,23 @@ def past_best(comparison: Comparison) -> Finding | None:
     return Finding(
         f"{who} lowest validation loss before the end, not at it",
         f"Lowest{first}: {'; '.join(f'{name} {_text(peak)}' for name, peak in peaks.items())}. "
-        f"{_cause(list(peaks.values()))} All else that is said of losses is of those at the end, not of the best that "
-        "a way reached: for that, compare the lowest ones, or give fewer --samples.",
+        f"{_cause(comparison, peaks, trained)} All else that is said of losses is of those at the end, not of the best "
+        "that a way reached: for that, compare the lowest ones, or give fewer --samples.",
     )
+
+
+def _unsteady(comparison: Comparison, courses: Mapping[str, Course]) -> str:
+    """What is known of a rise where hardly a sample was seen twice."""
+    seen = "Hardly a training sample was seen twice, so that this is hardly"
+    if comparison.samples <= comparison.data_size:
+        seen = "No training sample was seen twice, so that this is no"
+    rises = {name: rise for name, course in courses.items() if (rise := rise_of(course)) is not None}
+    said = [
+        f"{name} rose to {loss:.3f} after {samples:,} samples and fell again" for name, (samples, loss) in rises.items()
+    ]
+    if not said:
+        return f"{seen} overfitting. The losses do not tell why; a rate near the largest that trains is one reason."
+    return f"{seen} overfitting, but an unsteady course, as near the largest rate that trains: {'; '.join(said)}."
 
 
 def _text(peak: Peak) -> str:
@@ -64,8 +105,10 @@ def _text(peak: Peak) -> str:
     return f"{peak.loss:.3f} {when}, {peak.end:.3f} at the end"
 
 
-def _cause(peaks: Sequence[Peak]) -> str:
-    fell = [peak.training_fell for peak in peaks]
+def _cause(comparison: Comparison, peaks: Mapping[str, Peak], trained: Mapping[str, Course]) -> str:
+    fell = [peak.training_fell for peak in peaks.values()]
+    if not comparison.repeats_samples:
+        return _unsteady(comparison, {name: trained[name] for name in peaks})
     if all(fell):
         return (
             "The training loss went on falling meanwhile: what was learned of the training samples after that does "

@@ -36,7 +36,7 @@ def coupling_layer(model: nn.Module) -> str | None:
     """A layer of `model` in which the samples of a micro-batch see each other, by name and class; None without one."""
     for name, layer in model.named_modules():
         if isinstance(layer, _BatchNorm) and layer.training:
-            return f"{name} ({type(layer).__name__})"
+            return f"{name!r} ({type(layer).__name__})"
     return None
 
 

@@ -36,6 +36,17 @@ def counted(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
+def share_text(share: float) -> str:
+    """A share in percent; a tiny one as a power of ten.
+
+    >>> share_text(1.04), share_text(0.0213), share_text(3.4e-7)
+    ('104%', '2.1%', '3e-07')
+    """
+    if not share >= 1e-3:
+        return f"{share:.1g}"
+    return f"{100 * share:.0f}%" if share >= 0.1 else f"{number_text(100 * share, 2)}%"
+
+
 def duration_text(seconds: float) -> str:
     """Minutes and seconds, hours where there are any.
 

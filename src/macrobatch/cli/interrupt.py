@@ -10,12 +10,13 @@ from typing import Any
 class CtrlC:
     """A context in which the first Ctrl-C (or SIGTERM) only sets `wanted`; the second one interrupts as usual.
 
-    The first one is answered at once, by `say`: after `at_hand`, what is going on, it will stop.
+    The first one is answered at once, by `say`: after `at_hand`, what is going on, it will stop; and a second one
+    would lose what is `unwritten`.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], at_hand: str, unwritten: str) -> None:
         self.wanted = False
-        self.at_hand = "this update"
+        self.at_hand, self.unwritten = at_hand, unwritten
         self._say = say
         self._before: dict[int, Any] = {}
 
@@ -33,7 +34,7 @@ class CtrlC:
         self.wanted = True
         self._put_back()
         with suppress(RuntimeError):  # the signal came in the middle of a write to the same stream
-            self._say(f"stopping after {self.at_hand}; Ctrl-C again to stop now (without plot and weights)")
+            self._say(f"stopping after {self.at_hand}; Ctrl-C again to stop now, without {self.unwritten}")
 
     def _put_back(self) -> None:
         for number, handler in self._before.items():

@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from macrobatch import GradientNoiseScale, Window, apply_update
 from macrobatch.cli.comparison import Course, NoisePoint
 from macrobatch.cli.learner import accumulator_of
 from macrobatch.cli.measure import window_of
+from macrobatch.cli.running_statistics import running_layers, taken_anew
 from macrobatch.cli.sampling import UpdateIndices, take
 from macrobatch.cli.validation import Validation, validate
 from macrobatch.cli.way import Way, learned
@@ -28,7 +29,8 @@ class Racer:
     """One way in training: its own copy of the model and optimizer, and what was seen on the way.
 
     `prepare`, if given, sets the new optimizer, and what it returns is stepped after each update that was applied.
-    `noise`, if given, watches every update; it needs several micro-batches in the first one.
+    `noise`, if given, watches every update; it needs several micro-batches in the first one. Validation is with running
+    statistics taken anew over the micro-batches `anew`; without any, with those that training left.
     """
 
     def __init__(
@@ -39,15 +41,17 @@ class Racer:
         device: torch.device,
         prepare: Callable[[Optimizer], LRScheduler] | None = None,
         noise: GradientNoiseScale | None = None,
+        anew: Sequence[Any] = (),
     ) -> None:
         self.way, self.task = way, task
         self.model = copy.deepcopy(task.model).to(device)
+        self._anew = anew if running_layers(self.model) else ()
         self._optimizer = task.make_optimizer(self.model, learning_rate)
         self._scheduler = None if prepare is None else prepare(self._optimizer)
         self._noise, self._noise_points = noise, list[NoisePoint]()
         measure: Measure | None = None if noise is None else "norms"
         self._accumulator = accumulator_of(learned(task, way), self.model, measure=measure)
-        self._seen = self._skipped = 0
+        self._seen = self._skipped = self._micro_batches = 0
         self._losses: list[tuple[int, float]] = []
         self._validation_losses: list[tuple[int, float]] = []
         self._update_seconds: list[float] = []
@@ -55,6 +59,7 @@ class Racer:
         self._window_samples: list[int] = []
         self._metrics_before: Mapping[str, float] = {}
         self._final: Validation | None = None
+        self._loss_as_left: float | None = None
 
     def train_on(self, samples: Sequence[Any]) -> None:
         """One effective batch of samples is learned, in one update or in several; loading them is not in the time."""
@@ -71,11 +76,18 @@ class Racer:
     def validate_on(self, micro_batches: Sequence[Any], *, with_metrics: bool) -> None:
         """The validation curve has a point at the samples seen so far."""
         task = self.task if with_metrics else replace(self.task, metrics={})
-        self._final = validate(self.model, task, micro_batches)
+        with self.statistics_anew():
+            self._final = validate(self.model, task, micro_batches)
+        if self._anew and with_metrics:  # at the ends
+            self._loss_as_left = validate(self.model, replace(task, metrics={}), micro_batches).loss
         if not self._seen:
             self._metrics_before = self._final.metrics
         self._validation_losses.append((self._seen, self._final.loss))
         self._read_noise()
+
+    def statistics_anew(self) -> AbstractContextManager[None]:
+        """Within it the model's running statistics are taken anew; then they are those that training left."""
+        return taken_anew(self.model, self.task, self._anew)
 
     def _read_noise(self) -> None:
         if self._noise is not None and self._seen:
@@ -95,6 +107,7 @@ class Racer:
             self._noise.observe(report)
         self._skipped += not update.applied
         self._seen += report.num_samples
+        self._micro_batches += report.accumulation_steps
         self._losses.append((self._seen, loss))
         return seconds
 
@@ -110,6 +123,8 @@ class Racer:
             skipped=self._skipped,
             noise=self._noise_points,
             metrics_before=self._metrics_before,
+            num_micro_batches=self._micro_batches,
+            loss_as_left=self._loss_as_left,
         )
 
 

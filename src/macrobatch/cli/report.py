@@ -105,6 +105,8 @@ def rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
     else:
         table += [("expected by 1/B", _expected_variance), ("noise scale, 95%", _noise_scale)]
     table.append(("validation loss", _of_course(lambda course: f"{course.final.loss:.4f}")))
+    if comparison.statistics_samples:
+        table.append(("statistics as left", _of_course(lambda course: number_text(course.loss_as_left, 4))))
     table += [(name, _of_course(_metric(name))) for name in comparison.metric_names]
     table += _rows_of_the_end(comparison)
     return [(label, [text(comparison, result) for result in comparison.results.values()]) for label, text in table]

@@ -3,8 +3,8 @@
 import math
 
 from macrobatch.batch_tradeoff import gain, in_samples
-from macrobatch.cli.comparison import Comparison
-from macrobatch.cli.course_words import peak_of
+from macrobatch.cli.comparison import Comparison, Course
+from macrobatch.cli.course_words import overfitting, rise_of
 from macrobatch.cli.finding import (
     CLEAR,
     EQUAL_LOSS,
@@ -13,11 +13,9 @@ from macrobatch.cli.finding import (
     course_of,
     is_clear,
     loss_difference,
-    seed_difference,
 )
-from macrobatch.cli.formats import counted, number_text, with_error
-from macrobatch.cli.seeds import interval_of
-from macrobatch.cli.way import Key
+from macrobatch.cli.formats import counted, with_error
+from macrobatch.cli.noise_words import COUPLED
 
 WITHIN = 4.0  # an interval of the noise scale whose ends are further apart, as a ratio, is not called "about" anything
 
@@ -102,16 +100,24 @@ def _lead(comparison: Comparison) -> str:
 
 def _why_not(comparison: Comparison) -> str:
     scaled = course_of(comparison, "scaled")
-    overfitted = None if scaled is None else peak_of(scaled)
-    if overfitted is not None and overfitted.training_fell:
+    overfitted = None if scaled is None else overfitting(comparison, scaled)
+    if overfitted is not None:
         return f"It overfitted: its lowest loss was {overfitted.loss:.3f}, after {overfitted.samples:,} samples. "
+    rise = None if scaled is None else rise_of(scaled)
+    if rise is not None:
+        return (
+            f"Its course was unsteady: its loss rose to {rise[1]:.3f} after {rise[0]:,} samples and fell again, as "
+            "near the largest rate that trains. "
+        )
     if comparison.is_coupled:
         return ""  # what is to be said is among the cautions
     scale, large = comparison.noise_scale, comparison.batch_size
-    if is_clear(comparison.gradient_squared) and scale.value + 2 * scale.standard_error < large:
+    is_known = comparison.coupling_layer is None and is_clear(comparison.gradient_squared)
+    if is_known and scale.value + 2 * scale.standard_error < large:
         return (
-            f"Rules hold while gradients are mostly noise; of {large} samples they are not, where accumulation ended "
-            f"(noise scale {in_samples(scale.value)}). Or the rate was near its largest useful value already. "
+            "The rule is for updates whose gradient is mostly noise. Where accumulation ended, that of an update of "
+            f"{large} samples was mostly signal: the two are equal at the noise scale of {in_samples(scale.value)} "
+            "samples. Or the rate was near its largest useful value already. "
         )
     return "The rate was near its largest useful value already. "
 
@@ -123,6 +129,8 @@ def noise(comparison: Comparison) -> Finding:
     along = _along_the_way(comparison)
     if comparison.gradient_squared.value <= 0 or not is_clear(comparison.gradient_squared):
         return _noise_from_below(comparison, along)
+    if comparison.coupling_layer is not None:
+        return _noise_as_a_hint(comparison, along)
     low, high = scale.value - 2 * scale.standard_error, scale.value + 2 * scale.standard_error
     if low > large:
         title = f"Gradients are mostly noise, even of {large} samples"
@@ -145,6 +153,17 @@ def noise(comparison: Comparison) -> Finding:
     )
 
 
+def _noise_as_a_hint(comparison: Comparison, along: str) -> Finding:
+    """The number, and why nothing is concluded from it, where a layer couples the samples of a micro-batch."""
+    scale = comparison.noise_scale
+    return Finding(
+        "What a larger batch is worth, the gradient noise scale does not tell here: "
+        f"{comparison.coupling_layer} couples samples",
+        f"By its formula it is {with_error(scale.value, scale.standard_error)} samples where accumulation ended. "
+        f"{along}{COUPLED}.",
+    )
+
+
 def _noise_from_below(comparison: Comparison, along: str) -> Finding:
     """What is known where the mean gradient is not: that the noise scale is large."""
     large, least = comparison.batch_size, least_noise_scale(comparison)
@@ -152,9 +171,10 @@ def _noise_from_below(comparison: Comparison, along: str) -> Finding:
     if least is None:
         return Finding("The gradient noise scale is not known", f"{lost}. {along}")
     title = f"The gradient noise scale is more than {in_samples(least)}: how much more, the draws do not tell"
-    if least > large:
+    if least > large and comparison.coupling_layer is None:
         title = f"Gradients are mostly noise, even of {large} samples"
     text = f"{lost}: the noise scale is more than {in_samples(least)} samples where accumulation ended. {along}"
+    text += f"{COUPLED}." if comparison.coupling_layer is not None else ""
     return Finding(title, text)
 
 
@@ -169,66 +189,30 @@ def least_noise_scale(comparison: Comparison) -> float | None:
 
 def _along_the_way(comparison: Comparison) -> str:
     scaled = course_of(comparison, "scaled")
-    known = [point for point in scaled.noise if math.isfinite(point.high)] if scaled is not None else []
+    if scaled is None:
+        return ""
+    known = [point for point in scaled.noise if math.isfinite(point.high)]
     if not known:
         return ""
     first, last = known[0], known[-1]
+    when = "at the end" if last is scaled.noise[-1] else f"after {last.samples:,} samples"
     if first is last or (first.low <= last.high and last.low <= first.high):
-        trend = f"lies between {in_samples(last.low)} and {in_samples(last.high)} at the end (95%), with no clear trend"
+        trend = f"lies between {in_samples(last.low)} and {in_samples(last.high)} {when} (95%), with no clear trend"
     else:
         trend = (
             f"{'rose' if last.low > first.high else 'fell'}: between {in_samples(first.low)} and "
             f"{in_samples(first.high)} after {first.samples:,} samples, between {in_samples(last.low)} and "
-            f"{in_samples(last.high)} at the end (95%)"
+            f"{in_samples(last.high)} {when} (95%)"
         )
-    return f"In the run with the scaled rate, by the micro-batches of its windows, it {trend}. "
+    return f"In the run with the scaled rate, by the micro-batches of its windows, it {trend}. {_open_points(scaled)}"
 
 
-# ------------------------------------------------------------------------------------------------ sharpness
-SAYING = "Small batches are said to find flatter minima (Keskar et al. 2017)"
-
-
-def sharpness(comparison: Comparison) -> Finding | None:
-    """Which run ended in the flatter place, if the seeds are enough to say so."""
-    measured: dict[Key, list[float]] = {key: comparison.sharpnesses(key) for key in comparison.results}
-    small, large = measured["small"], measured["accumulated"]
-    if not small or not large:
-        return None
-    values = ", ".join(
-        f"{interval_of(found) if len(found) > 1 else number_text(found[0])} ({comparison.results[key].way.name})"
-        for key, found in measured.items()
-        if found and len(found) == len(small)
-    )
-    what = (
-        f"The largest eigenvalue of the Hessian of the training loss, over {comparison.sharpness_samples} samples in "
-        f"evaluation mode, is at the end {values}"
-    )
-    levels = (
-        f" The runs have not come equally far (validation losses {_mean_loss(comparison, 'small')} and "
-        f"{_mean_loss(comparison, 'accumulated')}), and how sharp a place is changes along the way."
-    )
-    if len(small) < 2 or len(small) != len(large):
-        lower = "a lower" if small[0] < large[0] else "a higher"
-        return Finding(
-            "Whether small batches find flatter minima, one run of each does not say",
-            f"{SAYING}; here the small batch ended at {lower} sharpness than accumulation, once. {what}.{levels} With "
-            "--seeds 3 there are intervals.",
-        )
-    difference = seed_difference(small, large)
-    n = len(small)
-    title = {
-        -1: f"Over {n} seeds the small batch ended in a flatter place than the large one",
-        0: f"Over {n} seeds small and large batch ended in places that are not clearly of another sharpness",
-        1: f"Over {n} seeds the small batch ended in a sharper place than the large one",
-    }[difference.sign]
-    here = {
-        -1: "here they did, at the same samples and the same learning rate",
-        0: "here that cannot be told",
-        1: "here it is the other way around",
-    }[difference.sign]
-    return Finding(title, f"{SAYING}; {here} (small less large: {difference.text}). {what} (95%).{levels}")
-
-
-def _mean_loss(comparison: Comparison, key: Key) -> str:
-    values = comparison.losses(key)
-    return f"{sum(values) / len(values):.3f}"
+def _open_points(course: Course) -> str:
+    """Where on the way the interval had no upper end, which the two that are quoted do not show."""
+    without = [point.samples for point in course.noise if not math.isfinite(point.high)]
+    if not without:
+        return ""
+    where = f"at {len(without)} of {len(course.noise)} points, from {without[0]:,} to {without[-1]:,} samples"
+    if len(without) == 1:
+        where = f"after {without[0]:,} samples"
+    return f"Its interval had no upper end {where}. "

@@ -69,8 +69,8 @@ def speed(comparison: Comparison) -> Finding | None:
         return Finding("Speed: the native large batch was not timed", text)
     paired, of_medians = time_ratio(accumulated, native), native.samples_per_second / accumulated.samples_per_second
     text += (
-        f" Its time over that of the native batch is {paired} by pairs of effective batches and {of_medians:.2f} by "
-        "the medians of the table."
+        f" The time of {accumulation(comparison).lower()} over that of the native batch is {paired} by pairs of "
+        f"effective batches and {of_medians:.2f} by the medians of the table."
     )
     if comparison.is_coupled:
         text += " Gathered accumulation runs the forward of every micro-batch but the last a second time."

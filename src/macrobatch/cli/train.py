@@ -60,12 +60,13 @@ def train(run: Run, folder: Path, console: Console) -> int:
     prepare(run.task, console)
     measured = measured_update(run)
     memory = MemoryUse(run.device, run.max_memory)
-    with CtrlC(lambda text: say(console, text)) as ctrl_c:
+    with CtrlC(lambda text: say(console, text), "this update", "weights, plot and summary") as ctrl_c:
         with UpdateLog(folder) as log:
             started = time.monotonic()
             outcome = _all_updates(run, measured, log, ctrl_c, memory, console)
             seconds = time.monotonic() - started
             save_weights(folder, run.model)  # before the held-out samples: a metric of one's own may fail
+            ctrl_c.unwritten = "plot and summary"
             validation = _validate(run, log, ctrl_c, console) if outcome == "finished" else None
         ending = Ending(outcome, seconds, validation, memory, *_predicted(run, measured))
         _write(run, ending, folder)

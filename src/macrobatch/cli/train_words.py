@@ -18,7 +18,7 @@ def headline(run: Run, folder: Path) -> list[str]:
     options = run.options
     limit = "" if run.max_memory is None else f"; at most {bytes_text(run.max_memory)}"
     lines = [
-        f"{run.task.name}: {run.task.description}" if run.task.description else run.task.name,
+        f"{run.task.name}: {run.task.description}" if run.task.description else f"task {run.task.name}",
         f"{counted(len(run.sizes), 'update')} of {_sizes_text(run)}, {_micro_batches_text(run)}; "
         f"{options.precision} on {run.device.type}, seed {options.seed}{limit}",
         _learning_rate_line(run),

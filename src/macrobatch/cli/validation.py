@@ -49,18 +49,19 @@ def validate(
     autocast: torch.dtype | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Validation:
-    """The loss and the metrics of `task` for `model` in eval mode; the model's mode is put back.
+    """The loss and the metrics of `task` for `model` in eval mode; the mode of each of its modules is put back.
 
     Of the samples seen before `stop()` is true, which is asked after each micro-batch.
     """
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # some layers may be frozen in eval mode
     model.eval()
     try:
         if task.encode is None:
             return _over_micro_batches(model, task, micro_batches, autocast, stop)
         return _over_all_outputs(GatheredValidation.of(model, task, micro_batches, autocast, stop))
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
 
 
 def _over_micro_batches(

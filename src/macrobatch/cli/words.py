@@ -2,11 +2,12 @@
 
 from macrobatch.cli import coupled_words
 from macrobatch.cli.comparison import Comparison
-from macrobatch.cli.course_words import past_best, peak_of
+from macrobatch.cli.course_words import overfitting, past_best
 from macrobatch.cli.estimates import ratio_of
 from macrobatch.cli.finding import EQUAL_LOSS, Finding, accumulation, course_of, is_clear, loss_difference
-from macrobatch.cli.formats import bytes_text, number_text, with_error
-from macrobatch.cli.scale_words import noise, scaled_rate, sharpness
+from macrobatch.cli.formats import bytes_text, number_text, share_text, with_error
+from macrobatch.cli.scale_words import noise, scaled_rate
+from macrobatch.cli.sharpness_words import sharpness
 from macrobatch.cli.speed_words import speed
 
 SAME_GRADIENT = 1e-3  # relative differences above it are no rounding: dropout's masks, statistics of a micro-batch
@@ -41,13 +42,14 @@ def equality(comparison: Comparison) -> Finding | None:
     losses = (
         f"After {comparison.samples:,} samples their validation losses are {accumulated.final.loss:.4f} and "
         f"{native.final.loss:.4f}, {number_text(abs(difference), 2)} apart; the largest difference on the way was "
-        f"{number_text(along, 2)}.{coupled_words.metrics_of_native(comparison) if comparison.is_coupled else ''}"
+        f"{number_text(along, 2)}.{_statistics(comparison)}"
+        f"{coupled_words.metrics_of_native(comparison) if comparison.is_coupled else ''}"
     )
     gradients = (
         ""
         if comparison.gradient_difference is None
         else f" For the same {comparison.batch_size} samples at the same parameters their gradients differ by at most "
-        f"{comparison.gradient_difference:.1g} of their length."
+        f"{share_text(comparison.gradient_difference)} of their length."
     )
     measured = comparison.gradient_difference
     if abs(difference) <= EQUAL_LOSS and measured is not None and measured > SAME_GRADIENT:
@@ -64,6 +66,20 @@ def equality(comparison: Comparison) -> Finding | None:
     return Finding(
         f"{accumulation(comparison)} did not equal the native large batch here: {is_off}",
         losses + gradients + _why_not_equal(comparison),
+    )
+
+
+def _statistics(comparison: Comparison) -> str:
+    """That running statistics were taken anew, and what the losses are by those that training left."""
+    accumulated, native = course_of(comparison, "accumulated"), course_of(comparison, "native")
+    if accumulated is None or native is None or accumulated.loss_as_left is None or native.loss_as_left is None:
+        return ""
+    return (
+        " These are by running statistics of BatchNorm that were taken anew for each, over the same "
+        f"{comparison.statistics_samples:,} training samples. By those that training left the losses are "
+        f"{accumulated.loss_as_left:.4f} and {native.loss_as_left:.4f}: training moves them once for each micro-batch, "
+        f"{accumulated.num_micro_batches:,} times by accumulation and {native.num_micro_batches:,} times by the native "
+        "batch."
     )
 
 
@@ -108,7 +124,11 @@ def memory(comparison: Comparison) -> Finding | None:
         return Finding(
             f"{accumulation(comparison)} saved hardly any memory here: {share:.2f} of the native peak", parts
         )
-    return Finding(f"What {accumulation(comparison).lower()} buys is memory: {share:.2f} of the native peak", parts)
+    return Finding(f"What {accumulation(comparison).lower()} buys is memory: {_part_of_native(share)}", parts)
+
+
+def _part_of_native(share: float) -> str:
+    return f"{share:.2f} of the native peak, {number_text(1 / share, 2)} times less"
 
 
 def _predictions(comparison: Comparison) -> str:
@@ -150,9 +170,9 @@ def small_batch(comparison: Comparison) -> Finding | None:
         )
         return Finding(title, f"{losses}{updates}{after}. {_advice(comparison)}")
     title = "From the same samples at the same learning rate, the large batch learned better"
-    overfitted = peak_of(small)
+    overfitted = overfitting(comparison, small)
     reason = "this learning rate is large for its noise"
-    if overfitted is not None and overfitted.training_fell:
+    if overfitted is not None:
         reason = f"it overfitted: its lowest loss was {overfitted.loss:.3f}, after {overfitted.samples:,} samples"
     return Finding(title, f"{losses}{updates}, which suggests that {reason}.")
 
