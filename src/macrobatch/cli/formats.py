@@ -1,6 +1,7 @@
 """Numbers as people read them: bytes, durations, rates, and values with their standard errors."""
 
 import math
+from collections.abc import Sequence
 
 NONE = "-"
 
@@ -34,6 +35,15 @@ def counted(number: int, thing: str) -> str:
     ('1 update', '2,000 updates')
     """
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def listed(things: Sequence[str]) -> str:
+    """Things one after the other.
+
+    >>> listed(["1"]), listed(["1", "2", "3"])
+    ('1', '1, 2 and 3')
+    """
+    return " and ".join([", ".join(things[:-1]), things[-1]]) if len(things) > 1 else things[0]
 
 
 def share_text(share: float) -> str:

@@ -14,10 +14,12 @@ from macrobatch.cli.finding import (
     is_clear,
     loss_difference,
 )
-from macrobatch.cli.formats import counted, with_error
+from macrobatch.cli.formats import counted, listed, with_error
 from macrobatch.cli.noise_words import COUPLED
 
 WITHIN = 4.0  # an interval of the noise scale whose ends are further apart, as a ratio, is not called "about" anything
+
+FEW = 4  # points that are named one by one
 
 
 # ------------------------------------------------------------------------------------------------ the scaled rate
@@ -157,25 +159,31 @@ def _noise_as_a_hint(comparison: Comparison, along: str) -> Finding:
     """The number, and why nothing is concluded from it, where a layer couples the samples of a micro-batch."""
     scale = comparison.noise_scale
     return Finding(
-        "What a larger batch is worth, the gradient noise scale does not tell here: "
-        f"{comparison.coupling_layer} couples samples",
+        _title_of_a_hint(comparison),
         f"By its formula it is {with_error(scale.value, scale.standard_error)} samples where accumulation ended. "
         f"{along}{COUPLED}.",
     )
 
 
+def _title_of_a_hint(comparison: Comparison) -> str:
+    layer = comparison.coupling_layer
+    return f"What a larger batch is worth, the gradient noise scale does not tell here: {layer} couples samples"
+
+
 def _noise_from_below(comparison: Comparison, along: str) -> Finding:
     """What is known where the mean gradient is not: that the noise scale is large."""
     large, least = comparison.batch_size, least_noise_scale(comparison)
+    is_hint = comparison.coupling_layer is not None
     lost = f"The mean gradient is lost in the noise of {comparison.draws} draws of {large} samples"
     if least is None:
         return Finding("The gradient noise scale is not known", f"{lost}. {along}")
     title = f"The gradient noise scale is more than {in_samples(least)}: how much more, the draws do not tell"
-    if least > large and comparison.coupling_layer is None:
+    if is_hint:
+        title = _title_of_a_hint(comparison)
+    elif least > large:
         title = f"Gradients are mostly noise, even of {large} samples"
     text = f"{lost}: the noise scale is more than {in_samples(least)} samples where accumulation ended. {along}"
-    text += f"{COUPLED}." if comparison.coupling_layer is not None else ""
-    return Finding(title, text)
+    return Finding(title, text + (f"{COUPLED}." if is_hint else ""))
 
 
 def least_noise_scale(comparison: Comparison) -> float | None:
@@ -212,7 +220,8 @@ def _open_points(course: Course) -> str:
     without = [point.samples for point in course.noise if not math.isfinite(point.high)]
     if not without:
         return ""
-    where = f"at {len(without)} of {len(course.noise)} points, from {without[0]:,} to {without[-1]:,} samples"
-    if len(without) == 1:
-        where = f"after {without[0]:,} samples"
+    where = f"at {len(without)} of {len(course.noise)} points, the first after {without[0]:,} and the last after "
+    where += f"{without[-1]:,} samples"
+    if len(without) <= FEW:
+        where = f"after {listed([f'{samples:,}' for samples in without])} samples"
     return f"Its interval had no upper end {where}. "
