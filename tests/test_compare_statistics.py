@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from own_tasks import Pair, line
+from own_towers import towers
 from test_compare import comparison, run, strict_json
-from torch import nn
+from torch import Tensor, nn
 
 from macrobatch.cli import words
 from macrobatch.cli.comparison import Comparison
@@ -126,6 +127,29 @@ def test_sharpness_is_by_statistics_taken_anew_as_well() -> None:
         one_piece = sharpness(racer.model, task.loss_fn, task.collate(samples), tolerance=0.01, max_products=20)
     assert found.top == pytest.approx(one_piece.top, rel=0.05)
     assert abs(as_left.top / found.top - 1) > 0.1  # the control
+
+
+def test_where_the_loss_compares_samples_the_statistics_are_those_of_encoding_each_micro_batch_once() -> None:
+    task = towers(hidden=8, norm=True, dtype="float64")
+    micro_batches = [task.collate([task.train[index] for index in indices]) for indices in (range(7), range(7, 12))]
+    (layer, *_) = running_layers(task.model)
+    seen: list[Tensor] = []
+    layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    with taken_anew(task.model, task, micro_batches):
+        assert [len(hidden) for hidden in seen] == [7, 5]
+        torch.testing.assert_close(layer.running_mean, torch.stack([hidden.mean(0) for hidden in seen]).mean(0))
+        torch.testing.assert_close(layer.running_var, torch.stack([hidden.var(0) for hidden in seen]).mean(0))
+    assert layer.running_mean is not None
+    assert not layer.running_mean.any()  # as it was made
+
+
+def test_a_comparison_whose_loss_compares_samples_says_so_too(tmp_path: Path) -> None:
+    options = ["--task", "own_towers:towers", "--task-option", "hidden=8", "--task-option", "norm=True"]
+    said = run(*options, "--samples", "48", "--device", "cpu", "--output", tmp_path / "run")
+    found = strict_json(tmp_path / "run" / "compare.json")
+    assert found["statistics_samples"] == 48
+    assert all(result["course"]["loss_as_left"] is not None for result in found["results"].values())
+    assert "taken anew for each, over the same 48 training samples" in said
 
 
 # ---- the whole, on digits
