@@ -95,6 +95,15 @@ SHARED: list[tuple[dict[str, Any], str]] = [
     ({"micro_batch_size": "auto", "max_memory": 0}, "max_memory: a memory size must be at least 1 byte, got 0"),
     ({"micro_batch_size": "auto", "max_memory": "120%"}, "max_memory='120%': a share .* is above 0% and at most 100%"),
     ({"micro_batch_size": "auto", "max_memory": "-5%"}, "max_memory='-5%': a share .* is above 0% and at most 100%"),
+    ({"optimizer": "adam"}, OPTIMIZER + "'adam'"),
+    ({"optimizer": 0.1}, OPTIMIZER + "0.1"),
+    (
+        {"optimizer": torch.optim.SGD},
+        OPTIMIZER + r"the class SGD: give SGD\(model.parameters\(\), \.\.\.\)",
+    ),
+    ({"optimizer": {"a": None}}, OPTIMIZER + r"a dict: give list\(optimizers.values\(\)\)"),
+    ({"optimizer": [None]}, OPTIMIZER + "None"),
+    ({"optimizer": []}, "optimizer holds no optimizer: give those that step, or None, which plans for AdamW's"),
     ({"micro_batch_size": [4]}, r"micro_batch_size must be an integer of at least 1, 'auto' or None, got \[4\]"),
     ({"micro_batch_size": torch.tensor([4, 4])}, "at least 1, 'auto' or None, got a Tensor"),
 ]
@@ -119,15 +128,6 @@ def test_an_argument_that_cannot_work_is_refused_when_the_accumulator_is_made(
         ),
         ({"overlap": "no"}, "overlap must be True or False, got 'no'"),
         ({"overlap": None}, "overlap must be True or False, got None"),
-        ({"optimizer": "adam"}, OPTIMIZER + "'adam'"),
-        ({"optimizer": 0.1}, OPTIMIZER + "0.1"),
-        (
-            {"optimizer": torch.optim.SGD},
-            OPTIMIZER + r"the class SGD: give SGD\(model.parameters\(\), \.\.\.\)",
-        ),
-        ({"optimizer": {"a": None}}, OPTIMIZER + r"a dict: give list\(optimizers.values\(\)\)"),
-        ({"optimizer": [None]}, OPTIMIZER + "None"),
-        ({"optimizer": []}, "optimizer holds no optimizer: give those that step, or None, which plans for AdamW's"),
         ({"batch_norm": "exact", "micro_batch_size": "auto", "max_memory": "6 gigs"}, BYTES),
     ],
 )
@@ -182,7 +182,7 @@ def test_control_what_can_work_is_taken(make: Make) -> None:
 
 def test_every_argument_with_a_choice_is_in_the_table() -> None:
     """`model`, `loss_fn`, `batch_norm` and `rng` are refused where they are explained."""
-    tried = {name for options, _ in SHARED for name in options} | {"count", "overlap", "optimizer"}
+    tried = {name for options, _ in SHARED for name in options} | {"count", "overlap"}
     parameters = set(inspect.signature(mb.Accumulator).parameters)
     assert parameters - tried == {"model", "loss_fn", "batch_norm", "rng"}
 
@@ -197,11 +197,11 @@ def test_float16_without_a_scaler_is_warned_of_and_loses_the_gradients_that_the_
 
     model, found = regressor().float(), {}
     for scaler in (None, torch.amp.GradScaler("cpu")):
+        made = mb.Accumulator(model, small, micro_batch_size=4, autocast=torch.float16, scaler=scaler)
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            made = mb.Accumulator(model, small, micro_batch_size=4, autocast=torch.float16, scaler=scaler)
+            made.run(points())
         assert [warning.filename for warning in warned] == ([__file__] if scaler is None else [])
-        made.run(points())
         found[scaler is None] = sum(int((g != 0).sum()) for g in gradients(model) if g is not None)
         clear(model)
     assert found[True] < found[False]
@@ -209,15 +209,20 @@ def test_float16_without_a_scaler_is_warned_of_and_loses_the_gradients_that_the_
 
 @pytest.mark.parametrize("make", [plain, gathered])
 @pytest.mark.parametrize("autocast", [torch.float16, torch.autocast("cpu", torch.float16)])
-def test_the_warning_says_what_to_give(make: Make, autocast: Any) -> None:
+def test_the_warning_says_what_to_give_in_the_first_window_with_gradients(make: Make, autocast: Any) -> None:
+    made, batch = make(regressor().float(), autocast=autocast), tuple(leaf.float() for leaf in points())
+    made.evaluate(batch)  # nothing is lost where nothing is trained
     with pytest.warns(UserWarning, match=r"float16 without a scaler: .* Give scaler=.*, or autocast=torch.bfloat16"):
-        make(regressor(), autocast=autocast)
+        made.run(batch)
+    clear(made.model)
+    made.run(batch)  # once
 
 
 @pytest.mark.parametrize("make", [plain, gathered])
 def test_a_warning_is_about_the_users_line(make: Make) -> None:
+    made = make(regressor().float(), autocast=torch.float16)
     with pytest.warns(UserWarning, match="float16 without a scaler") as warned:
-        make(regressor(), autocast=torch.float16)
+        made.run(tuple(leaf.float() for leaf in points()))
     assert [warning.filename for warning in warned] == [__file__]
 
 
@@ -232,7 +237,8 @@ def test_a_warning_from_within_an_epoch_is_about_the_users_line() -> None:
 
 
 def test_an_autocast_that_is_switched_off_is_not_warned_of() -> None:
-    plain(regressor(), autocast=torch.autocast("cpu", torch.float16, enabled=False))
+    made = plain(regressor().float(), autocast=torch.autocast("cpu", torch.float16, enabled=False))
+    made.run(tuple(leaf.float() for leaf in points()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,13 +295,14 @@ def test_what_was_given_is_shown_as_it_was_written_where_that_is_short(value: An
     assert given(value) == text
 
 
-def test_optimizers_are_taken_with_any_size_and_one_by_one_or_several() -> None:
+@pytest.mark.parametrize("make", [plain, gathered])
+def test_optimizers_are_taken_with_any_size_and_one_by_one_or_several(make: Make) -> None:
     model = regressor()
     sgd, adam = torch.optim.SGD(model.parameters()), torch.optim.Adam(model.parameters())
     several: list[Any] = [None, sgd, [sgd, adam], (sgd,), {"a": sgd}.values(), iter([adam])]
     for optimizer in several:
-        plain(model, optimizer=optimizer)
-    plain(model, micro_batch_size=8, optimizer=sgd).run(points())
+        make(model, optimizer=optimizer)
+    make(model, micro_batch_size=8, optimizer=sgd).run(points())
 
 
 def test_a_plan_refuses_what_is_no_optimizer_as_well() -> None:
@@ -365,6 +372,36 @@ def test_an_error_in_the_first_call_of_the_loss_fn_shows_how_it_was_called(
     made = mb.Accumulator(nn.Linear(3, 1), loss_fn)
     (found,) = notes_of(lambda: getattr(made, method)(mb.Window([batch], num_samples=lambda _: 4)))
     assert re.search(CALLED + note, found), found
+
+
+class Masked(nn.Linear):
+    """A model that can be called with two arguments, as `encode` is."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("max_memory", [None, "1GB"])
+@pytest.mark.parametrize("method", ["run", "evaluate"])
+def test_so_does_one_of_encode(method: str, max_memory: str | None) -> None:
+    model = Masked(3, 1)
+    made = mb.GatheredAccumulator(model, model, lambda m, z, w: z.std(), micro_batch_size=4, max_memory=max_memory)
+    (found,) = notes_of(lambda: getattr(made, method)(pair()))
+    assert re.search(CALLED.replace("loss_fn", "encode") + PAIR, found), found
+
+
+def test_control_of_encode_only_in_the_first_window() -> None:
+    def encode(model: nn.Module, batch: Any) -> Tensor:
+        if breaks:
+            raise ValueError("of one's own")
+        return model(batch[0])
+
+    model, breaks = nn.Linear(3, 1), False
+    made = mb.GatheredAccumulator(model, encode, lambda m, z, w: (z**2).mean(), micro_batch_size=2)
+    made.run(pair())
+    breaks = True
+    clear(model)
+    assert notes_of(lambda: made.run(pair())) == []
 
 
 def test_with_auto_it_is_the_planning_that_calls_it_first() -> None:

@@ -1,13 +1,19 @@
 """`micro_batch_size="auto"`: what is tried fits, what is kept is fastest, and every window of the search is exact."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import clear, difference, gradients, reference
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 import macrobatch as mb
 from macrobatch.auto_size import AutoSize
+from macrobatch.cli.run import Run
+from macrobatch.cli.run_options import TrainOptions
+from macrobatch.tasks import Task
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 ROOM = 24  # samples
@@ -118,6 +124,60 @@ def test_auto_leaves_room_for_the_state_of_the_optimizer_that_is_given() -> None
 
     predicted = next(point.peak for point in planned.curve if point.micro_batch_size == 128)
     assert mb.peak_memory(halves) == pytest.approx(predicted, rel=0.01)
+
+
+def outputs_of(model: nn.Module, batch: Batch) -> torch.Tensor:
+    return model(batch[0])
+
+
+def spread(model: nn.Module, outputs: torch.Tensor, window: mb.Window) -> torch.Tensor:
+    return outputs.std(0).mean()
+
+
+@pytest.mark.parametrize("size", ["auto", 32])
+def test_so_do_losses_over_all_outputs_and_their_kept_graphs(size: int | str) -> None:
+    model, batch = classifier_and_images()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"micro_batch_size": size, "max_memory": SMALL_BUDGET}
+    made = mb.GatheredAccumulator(model, outputs_of, spread, optimizer=optimizer, **options)
+
+    def train() -> None:
+        for _ in range(4):
+            report = made.run(batch)
+            assert report.retries == 0
+            mb.apply_update(optimizer, report)
+
+    mb.apply_update(optimizer, made.run(batch))  # plans, and measures the loss
+    assert mb.peak_memory(train) <= SMALL_BUDGET
+    assert made.keep_graphs >= 1
+    control = mb.GatheredAccumulator(model, outputs_of, spread, **options)
+    with pytest.raises(
+        ValueError,
+        match=r"too small for a window of 256 samples: .* AdamW, because no .* and optimizer=, which tells wh",
+    ):
+        control.run(batch)
+
+
+def test_a_training_run_plans_and_trains_with_its_own_optimizer() -> None:
+    model, batch = classifier_and_images()
+    task = Task(
+        name="classes",
+        model=model,
+        loss_fn=class_loss,
+        train=TensorDataset(*batch),
+        validation=TensorDataset(*batch),
+        make_optimizer=lambda model, lr: torch.optim.SGD(model.parameters(), lr=lr),
+        learning_rate=0.1,
+        base_batch_size=256,
+        batch_size=256,
+    )
+    training = Run(task, TrainOptions(max_memory=SMALL_BUDGET, device="cpu", samples=512))
+    assert training.plan is not None
+    assert (training.plan.micro_batch_size, training.plan.optimizer) == (256, "SGD")
+    assert [training.advance(window)["retries"] for window in training.windows()] == [0, 0]
+    adam = replace(task, make_optimizer=lambda model, lr: torch.optim.AdamW(model.parameters(), lr=lr))
+    with pytest.raises(ValueError, match=r"less than the model's own state, .* an optimizer that keeps less\.$"):
+        Run(adam, TrainOptions(max_memory=SMALL_BUDGET, device="cpu", samples=512))
 
 
 def test_control_without_it_adamw_is_assumed_and_the_refusal_names_the_way_out() -> None:

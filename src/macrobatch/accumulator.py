@@ -108,11 +108,12 @@ class Accumulator:
         self._modules = modules_of(model) + ([loss_fn] if isinstance(loss_fn, nn.Module) else [])
         self._beginnings = Beginnings()
         self._frozen = arguments.check_frozen(frozen)
-        self._unscaler = Unscaler(arguments.check_scaler(scaler, arguments.check_autocast(autocast)))
+        self._unscaler = Unscaler(arguments.check_scaler(scaler))
         self._grad_dtype = arguments.check_grad_dtype(grad_dtype)
         self._overlap = arguments.check_flag(overlap, "overlap")
         self._cut = arguments.check_cut(cut)
         self._num_samples = arguments.check_num_samples(num_samples) or structure.num_samples
+        arguments.check_autocast(autocast)
         arguments.check_count(count)
         where, group = arguments.check_device(device), arguments.check_group(process_group)
         self._everything = self._modules + self._frozen
@@ -131,8 +132,8 @@ class Accumulator:
         what `p.grad` holds; otherwise gradients left from before are a ValueError. Under a process group every rank
         calls it, with its own samples, or with `Window([])`. If it raises, gradients are as before.
         """
-        if self._may_warn and not self._learned.has_run:
-            warn_of_coupling(self._everything, self._choices)
+        if not self._learned.has_run:
+            self._warn_of_first()
         apart = self._measure is not None
         walked = list(submodules(self._everything))  # anew for each window: nothing can go stale
         with (
@@ -166,6 +167,13 @@ class Accumulator:
         self._limit.window_ended(max((record.num_samples for record in report.records), default=0), report.retries)
         recovery.log()
         return report
+
+    def _warn_of_first(self) -> None:
+        """What shows only where gradients are wanted: a model in train mode, a backward without a scaler."""
+        if self._may_warn:
+            warn_of_coupling(self._everything, self._choices)
+        if self._unscaler.scaler is None:
+            arguments.warn_of_underflow(self._recipe.autocast)
 
     def _has_run(self, running: Running) -> bool:
         """Run every micro-batch of the window; False if it must be run again from zero, on this rank alone."""

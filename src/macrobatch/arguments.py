@@ -83,11 +83,9 @@ def check_autocast(autocast: Autocast) -> Autocast:
     )
 
 
-def check_scaler(scaler: GradScaler | None, autocast: Autocast) -> GradScaler | None:
-    """`scaler`, if it is one; a UserWarning where it is missing."""
-    if scaler is None:
-        _warn_of_underflow(autocast)
-    elif not isinstance(scaler, GradScaler):
+def check_scaler(scaler: GradScaler | None) -> GradScaler | None:
+    """`scaler`, if it is one."""
+    if scaler is not None and not isinstance(scaler, GradScaler):
         raise ValueError(
             f"scaler must be a torch.amp.GradScaler, or None, got {given(scaler)}: give "
             "scaler=torch.amp.GradScaler('cuda'); it belongs to the Accumulator alone, which scales and unscales"
@@ -95,7 +93,8 @@ def check_scaler(scaler: GradScaler | None, autocast: Autocast) -> GradScaler | 
     return scaler
 
 
-def _warn_of_underflow(autocast: Autocast) -> None:
+def warn_of_underflow(autocast: Autocast) -> None:
+    """A UserWarning for a backward in float16, where no scaler keeps small gradients from becoming 0."""
     dtype = autocast
     if isinstance(autocast, torch.autocast):
         dtype = autocast.fast_dtype if autocast._enabled else None

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
 
 from macrobatch.accumulator import NO_BATCH, Accumulator
 from macrobatch.alignment import random_of, without_ddp
@@ -56,6 +57,7 @@ class GatheredAccumulator(Accumulator):
     "auto" keeps one, which takes no more memory than none unless the loss is large, and with `max_memory` as many as
     there is room for.
     `max_memory`: bytes, "6GB", "80%"; goes with `keep_graphs="auto"`, `micro_batch_size="auto"`, or both.
+    `optimizer`: one or several, whose state it leaves room for; None assumes AdamW's.
     `batch_norm`: None warns of layers that couple samples, "micro_batch" does not: they see one micro-batch at a time.
     All else is as in `Accumulator`; `measure` sees each micro-batch's part of the gradient, without the loss's own.
     """
@@ -71,6 +73,7 @@ class GatheredAccumulator(Accumulator):
         micro_batch_size: int | Literal["auto"] | None = None,
         keep_graphs: int | Literal["auto"] = "auto",
         max_memory: int | str | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
         frozen: Sequence[nn.Module] = (),
         autocast: Autocast = None,
         scaler: GradScaler | None = None,
@@ -94,6 +97,7 @@ class GatheredAccumulator(Accumulator):
             _SumOfOutputs(encode, loss_fn),
             micro_batch_size=micro_batch_size,
             max_memory=max_memory if micro_batch_size == "auto" else None,
+            optimizer=optimizer,
             frozen=frozen,
             autocast=autocast,
             scaler=scaler,
@@ -127,6 +131,8 @@ class GatheredAccumulator(Accumulator):
 
         `batch` and `add`: as in `Accumulator.run`. Under a process group the loss is over the outputs of all ranks.
         """
+        if not self._learned.has_run:
+            self._warn_of_first()
         apart = self._measure is not None
         with Frozen(self._frozen), WindowGradients(self._modules, self._grad_dtype, add, apart) as gradients:
             pass_ = WindowPass(self._recipe, self._learned, gradients.parameters)
@@ -198,9 +204,12 @@ class GatheredAccumulator(Accumulator):
         )
         few = min(n, SAMPLES)
         part = map_tensors(cut_batch(sample, [few, n - few], self._cut)[0], lambda leaf: leaf.to(rehearsal.device))
-        encoder = Encoder(replace(recipe, model=without_ddp(self.model)), self._gathered.encode, rehearsal.device)
+        encode, needed = self._gathered.encode, (part, few)
+        encoder = Encoder(replace(recipe, model=without_ddp(self.model)), encode, rehearsal.device, is_first=True)
         num_samples = window.num_samples * Ranks.of(recipe.process_group).size
-        return needs_of(rehearsal, encoder, self._gathered.loss_fn, (part, few), num_samples, window, self._budget)
+        return needs_of(
+            rehearsal, encoder, self._gathered.loss_fn, needed, num_samples, window, self._budget, self._optimizers
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned on the way: sizes that fit and are fast, and how many graphs. For any checkpoint."""

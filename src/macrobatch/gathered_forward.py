@@ -10,6 +10,7 @@ import torch
 
 from macrobatch.alignment import DrawnAnew, Random, Rows, entered
 from macrobatch.batch import Window
+from macrobatch.call_notes import note_call
 from macrobatch.devices import on_device
 from macrobatch.distributed import GradientReduction
 from macrobatch.gathering import Outputs, joined, outputs_of
@@ -42,19 +43,26 @@ class Piece:
 
 
 class Encoder:
-    """Runs `encode` on micro-batches, under autocast, and checks what it returns."""
+    """Runs `encode` on micro-batches, under autocast, and checks what it returns. `is_first`: in the first window."""
 
-    def __init__(self, recipe: Recipe, encode: Encode, home: torch.device) -> None:
+    def __init__(self, recipe: Recipe, encode: Encode, home: torch.device, *, is_first: bool = False) -> None:
         self.recipe = recipe
         self.encode = encode
         self.home = home
+        self._is_first = is_first
 
     def __call__(self, micro_batch: Nested, num_samples: int) -> Outputs:
         """The outputs of one micro-batch."""
         if num_samples == 0:
             raise ValueError("a micro-batch of the window holds no samples: leave it out")
         with self.around_forward():
-            return outputs_of(self.encode(self.recipe.model, micro_batch), num_samples)
+            try:
+                outputs = self.encode(self.recipe.model, micro_batch)
+            except Exception as error:
+                if self._is_first:
+                    note_call(error, "encode", micro_batch)
+                raise
+            return outputs_of(outputs, num_samples)
 
     def around_forward(self) -> AbstractContextManager[Any]:
         """The autocast that was asked for, to be entered."""

@@ -56,7 +56,7 @@ class GatheredWindow:
         self._recovery = recovery
         self._reduction = reduction
         self._keep = keep
-        self._encoder = Encoder(pass_.recipe, recipe.encode, pass_.home)
+        self._encoder = Encoder(pass_.recipe, recipe.encode, pass_.home, is_first=not pass_.learned.has_run)
         self._first = FirstForwards(self._encoder, recipe.replay, recipe.random, recipe.beginnings, pass_.device)
         self._loss: WindowLoss | None = None
         self._measurement = None if recipe.measure is None else Measurement(recipe.measure, pass_.ranks, pass_.home)

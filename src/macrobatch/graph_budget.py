@@ -4,9 +4,11 @@ peak(m) = parameters + gradients + optimizer state + inputs + max(m graph + loss
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.optim import Optimizer
 
 from macrobatch.batch import Window
 from macrobatch.budget import budget_bytes
@@ -28,6 +30,7 @@ from macrobatch.substitution import held_tensors
 LESS_LOSS = "the same loss in blocks, or in smaller ones (RowBlocks(block_loss, rows=...)), outputs of fewer dimensions"
 LESS_ACTIVATIONS = "recomputing activations (torch.utils.checkpoint), lower precision (autocast=torch.bfloat16)"
 LESS_STATE = "training fewer parameters (requires_grad_(False), frozen=)"
+WHICH_OPTIMIZER = "; and optimizer=, which tells which one trains"
 SAMPLES = 8  # whose outputs stand for all, where the loss is measured
 
 
@@ -49,7 +52,7 @@ class _BesideOutputs(Account):
     """The account of micro-batches that run while the outputs of the whole window stand beside them."""
 
     def __init__(self, account: Account, outputs: int) -> None:
-        super().__init__(account.rehearsal, [], account.num_samples, account.max_bytes)
+        super().__init__(account.rehearsal, account.optimizers, account.num_samples, account.max_bytes)
         self._outputs = outputs
 
     def room(self, size: int, trace: Trace) -> int:
@@ -111,7 +114,7 @@ class Needs:
             f"{self.budget} is too small for a window of {self.account.num_samples} samples: {cut} it needs at least "
             f"{least}, most of all {peak.moment}: {parts} (optimizer: "
             f"{self.account.update(trace.idle).assumption}). Give {least} or more, or a smaller effective batch. What "
-            f"would also help: {peak.advice}"
+            f"would also help: {peak.advice}{'' if self.account.optimizers else WHICH_OPTIMIZER}"
         )
 
     def peaks(self, trace: Trace) -> list[Peak]:
@@ -138,8 +141,9 @@ def needs_of(
     num_samples: int,
     window: Window,
     max_memory: int | str | None,
+    optimizers: Sequence[Optimizer] = (),
 ) -> Needs:
-    """What `window`, of an effective batch of `num_samples`, needs within `max_memory`.
+    """What `window`, of an effective batch of `num_samples`, needs within `max_memory` (without `optimizers`: AdamW).
 
     Runs the loss once, forward and backward, on the outputs of `sample`, a micro-batch and its size, again and again.
     The model is left as it was. torch.OutOfMemoryError if the loss does not fit into what there is.
@@ -162,7 +166,7 @@ def needs_of(
     held = sum(tensor.nbytes for tensor in held_tensors(stage.modules))
     max_bytes = budget_bytes(max_memory, rehearsal.device, held)
     margin = CUDA_MARGIN if rehearsal.device.type == "cuda" else 0.0
-    account = Account(rehearsal, [], window.num_samples, int(max_bytes * (1 - margin)))
+    account = Account(rehearsal, optimizers, window.num_samples, int(max_bytes * (1 - margin)))
     has_gradients = any(p.grad is not None for p in trainable(stage.modules))
     budget = _in_words(max_memory, max_bytes, rehearsal.device)
     return Needs(account, output_bytes, loss_bytes, has_gradients, budget, margin)

@@ -1,10 +1,12 @@
 """From a task to the accumulator that fits its loss: one that sees all samples of a window, or any other."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypedDict, Unpack
 
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
 
 from macrobatch import Accumulator, GatheredAccumulator, Window
 from macrobatch.measuring import Measure
@@ -18,6 +20,7 @@ class Options(TypedDict, total=False):
 
     micro_batch_size: int | Literal["auto"] | None
     max_memory: int | str | None
+    optimizer: Optimizer | Sequence[Optimizer] | None
     autocast: Autocast
     scaler: GradScaler | None
     measure: Measure | None

@@ -85,6 +85,7 @@ class Run:
             self.model,
             micro_batch_size=self.given_size or "auto",
             max_memory=self.max_memory if spends else None,
+            optimizer=self.rates.optimizer,
             autocast=self.autocast,
             scaler=self.scaler,
             measure="norms" if self.measures else None,

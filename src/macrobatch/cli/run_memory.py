@@ -37,6 +37,7 @@ class RunMemory:
             sample_batch(self.task),
             batch_size=self.batch_size,
             max_memory=self.max_memory,
+            optimizer=self.optimizer,
             measure_speed=False,
             autocast=self.autocast,
         )
