@@ -8,7 +8,7 @@ nothing; its flags are false alarms; the validation loss is that after 1000. Eve
 (b) correct labels, at 30 times the rate for 4 updates: what is wrong is the step, and shows only afterwards.
 
 Each without a guard and with `policy="rollback"`, all options as they are by default, and once with a snapshot every 50
-updates, which is too seldom for what is promised; (b) also with `policy="skip"`, the control, which cannot undo a step.
+updates, which is too seldom for what is asked; (b) also with `policy="skip"`, the control, which cannot undo a step.
 Each run is written when it ends and is not made again. --report makes none.
 Results: benchmarks/results/spikes.json.
 """
@@ -187,36 +187,41 @@ def ratios(runs: Runs, seeds: Sequence[int], event: str, policy: str) -> list[fl
 
 
 def holds(event: str, policy: str, found: Sequence[float]) -> bool:
-    """Whether every seed keeps what was promised."""
+    """Whether every seed keeps what was asked of it."""
     low, high = TARGETS.get((event, policy), (None, None))
     return all((low is None or r >= low) and (high is None or r <= high) for r in found)
 
 
 def table(runs: Runs, seeds: Sequence[int]) -> str:
     """One line for each event and policy, and a sentence on false alarms."""
-    lines = ["| | guard | loss against the clean run, by seed | promised | |", "|---|---|---|---|---|"]
+    of_seeds = ", ".join(str(s) for s in seeds)
+    lines = [
+        f"| what goes wrong | guard | measured: validation loss against the clean run, seeds {of_seeds} | "
+        "asked of every seed | is it so? |",
+        "|---|---|---|---|---|",
+    ]
     for event, policy in RUNS:
         low, high = TARGETS.get((event, policy), (None, None))
         found = ratios(runs, seeds, event, policy)
-        promised = f"at least {low - 1:+.0%}" if low is not None else f"at most {(high or 0) - 1:+.0%}"
-        promised = promised if low or high else "nothing"
+        asked = f"at least {low - 1:+.0%}" if low is not None else f"at most {(high or 0) - 1:+.0%}"
+        asked = asked if low or high else "nothing: for comparison"
         each = ", ".join(f"{r - 1:+.1%}" for r in found)
         gave_up = all(runs[f"{event} {policy} {s}"]["gave_up"] is not None for s in seeds)
-        note = ("holds" if holds(event, policy, found) else "does not hold") if low or high else ""
-        note += "; gave up" if gave_up else ""
-        lines.append(f"| {SAYS[event]} | {NAMES[policy]} | {each} | {promised} | {note} |")
+        note = ("yes" if holds(event, policy, found) else "no") if low or high else ""
+        note += "; ended early with a `SpikeError`" if gave_up else ""
+        lines.append(f"| {SAYS[event]} | {NAMES[policy]} | {each} | {asked} | {note} |")
     judged = sum(runs[f"clean {s}"]["judged"] for s in seeds)
     alarms = sum(len(runs[f"clean {s}"]["flagged"]) for s in seeds)
     guarded = [runs[f"{event} rollback {s}"] for event in EVENTS for s in seeds]
     later = sum(int(t) > EVENTS["a"] for run in guarded for t in run["flagged"])
-    scales = ", ".join(f"{run['lr_scale']:g}" for run in guarded)
+    scales = " or ".join(f"{scale:g}" for scale in sorted({run["lr_scale"] for run in guarded}))
     losses = ", ".join(f"{runs[f'clean {s}']['validation_loss']:.3f}" for s in seeds)
     words = [
-        f"Clean validation losses: {losses}.",
-        f"False alarms: {alarms} in {judged} clean updates, {1000 * alarms / judged:.2f} per 1000 (at most "
-        f"{MOST_FALSE_ALARMS:g} promised).",
-        f"After the events {later} more windows were flagged in the {len(guarded)} runs with rollback, whose rates "
-        f"ended at {scales} times the clean one.",
+        f"The clean runs ended at validation losses of {losses}.",
+        f"In their {judged} judged updates {alarms} {'was' if alarms == 1 else 'were'} flagged, a false alarm: "
+        f"{1000 * alarms / judged:.2f} per 1000, where at most {MOST_FALSE_ALARMS:g} were asked for.",
+        f"The {len(guarded)} runs with rollback flagged {later} more windows after the events; every one of these runs "
+        f"ended with its rates at {scales} times those of the clean run.",
     ]
     return "\n".join([*lines, "", " ".join(words)])
 

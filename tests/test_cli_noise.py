@@ -20,9 +20,10 @@ from macrobatch.cli import app
 from macrobatch.cli.branched import Brancher, BranchOptions
 from macrobatch.cli.branched_words import branch_words
 from macrobatch.cli.branches import Branch, Branches
+from macrobatch.cli.costs import Costs, time_sizes
 from macrobatch.cli.interrupt import CtrlC
 from macrobatch.cli.noise import Findings
-from macrobatch.cli.noise_words import recommendation
+from macrobatch.cli.noise_words import CLOSE, recommendation
 from macrobatch.cli.run import Run
 from macrobatch.cli.run_options import TrainOptions
 from macrobatch.tasks import load_task
@@ -106,19 +107,82 @@ def test_numbers_of_the_recommendation_are_those_of_the_formulas(tmp_path: Path)
     fast = found["fastest"]
     star = math.sqrt(fast["seconds_per_update"] * scale / fast["seconds_per_sample"])
     assert fast["batch_size"] == pytest.approx(max(star, 1.0))
-    assert found["largest_micro_batch"] >= 32
-    assert fast["verdict"].startswith("do not accumulate" if star <= found["largest_micro_batch"] else "accumulate")
+    assert fast["low"] <= fast["batch_size"] <= fast["high"]
+    largest, timed = found["largest_micro_batch"], [int(size) for size in found["seconds_by_micro_batch"]]
+    assert largest >= 32
+    assert timed == sorted({*(2**j for j in range(largest.bit_length())), largest})  # at what is recommended, too
+    assert fast["verdict"].startswith("do not accumulate" if star <= largest else "accumulate")
+    assert found["slowdown_as_run"] >= 1 <= found["slowdown"]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta", "update", "noise_scale"),
+    [
+        (5.0, 0.05, 2.0, 10.0),  # within a micro-batch of 64
+        (50.0, 0.05, 2.0, 100.0),  # at the kink: a sample more would take a second micro-batch
+        (5.0, 0.05, 100.0, 1000.0),  # beyond
+    ],
+)
+def test_the_fastest_batch_is_the_one_that_trains_fastest_at_its_own_cost(
+    alpha: float, beta: float, update: float, noise_scale: float
+) -> None:
+    seconds = {2**j: alpha + beta * 2**j for j in range(7)}
+    costs = Costs(seconds, update, 64)
+    fast = costs.fastest(noise_scale, noise_scale / 2, noise_scale * 2)
+
+    def time(b: float, scale: float) -> float:
+        gradient = alpha + beta * b if b <= 64 else b * (alpha / 64 + beta)
+        return (1 + scale / b) * (update + gradient)
+
+    def best(scale: float) -> int:
+        return min(range(1, 20_000), key=lambda b: time(b, scale))
+
+    assert fast.batch_size == pytest.approx(best(noise_scale), abs=1)
+    assert (fast.low, fast.high) == pytest.approx((best(noise_scale / 2), best(noise_scale * 2)), abs=1)
+    assert fast.accumulate == (best(noise_scale) > 64)
+    assert costs.of_gradient(48) == pytest.approx(alpha + 48 * beta)
+    assert costs.of_gradient(128) == pytest.approx(2 * seconds[64])
+    if alpha == 5.0 and update == 2.0:  # the control: as if a sample cost what it does in micro-batches of 8
+        by_eights = fastest_batch_size(
+            noise_scale, seconds_per_sample=seconds[8] / 8, seconds_per_update=update, largest_micro_batch=64
+        )
+        assert by_eights.batch_size < 0.2 * fast.batch_size
+
+
+def test_times_that_hide_the_cost_of_a_sample_leave_the_interval_open_up_to_what_fits() -> None:
+    flat = Costs({1: 1.00, 2: 0.97, 4: 1.03, 8: 0.98, 16: 1.02, 32: 0.99, 64: 1.0}, 0.1, 64)
+    fast = flat.fastest(5.0, 4.0, 6.0)
+    assert fast.low < 64
+    assert fast.high == pytest.approx(64)
+    assert not fast.accumulate
+    clear = Costs({2**j: 1.0 + 0.5 * 2**j for j in range(7)}, 0.1, 64)  # the control
+    assert clear.fastest(5.0, 4.0, 6.0).high < 5
+
+
+def test_timing_other_sizes_leaves_the_run_as_it_was() -> None:
+    trained = Run(load_task("noise_tasks:regression"), TrainOptions(batch_size=8, updates=3, noise="measure"))
+    for window in trained.windows():
+        trained.advance(window)
+    before = {name: value.clone() for name, value in trained.model.state_dict().items()}
+    random, gradients = torch.get_rng_state(), [p.grad for p in trained.model.parameters()]
+    assert list(time_sizes(trained, [1, 2, 4])) == [1, 2, 4]
+    assert all(torch.equal(value, before[name]) for name, value in trained.model.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(p.grad is g for p, g in zip(trained.model.parameters(), gradients, strict=True))
 
 
 def findings(
-    noise_scale: float, *, seconds_per_update: float = 1e-3, largest: int = 64, batch_size: int = 128
+    noise_scale: float,
+    *,
+    seconds_per_update: float = 1e-3,
+    largest: int = 64,
+    batch_size: int = 128,
+    as_run: float = 1e-3,
 ) -> Findings:
     estimate = NoiseEstimate(noise_scale, noise_scale / 2, noise_scale * 2, 0.95, 1.0, 1.0, 100, 0.0)
-    fast = fastest_batch_size(
-        noise_scale, seconds_per_sample=1e-3, seconds_per_update=seconds_per_update, largest_micro_batch=largest,
-        low=noise_scale / 2, high=noise_scale * 2,
-    )  # fmt: skip
-    return Findings(estimate, batch_size, 16, largest, False, fast)
+    costs = Costs({b: 1e-3 * b for b in (1, 8, 16, largest)}, seconds_per_update, largest)
+    fast = costs.fastest(noise_scale, noise_scale / 2, noise_scale * 2)
+    return Findings(estimate, batch_size, 16, largest, False, fast, costs, as_run)
 
 
 def test_the_words_follow_from_the_numbers() -> None:
@@ -126,6 +190,11 @@ def test_the_words_follow_from_the_numbers() -> None:
     assert "do not accumulate: 10 samples" in few
     assert "Training at 128 takes 1.90 times as long to the same loss" in few
     assert "An update of 256 is worth 1.28 of 128, one of 64 is worth 0.695" in few
+    assert "timed in micro-batches of 1 to 64, a sample takes 1.00 ms around the size that trains fastest" in few
+    assert "(between 7 and 14) train fastest, and 64 fit into a micro-batch; any from 4 to 28 is within 10%" in few
+    assert [j for j in range(1, 99) if (1 + j) * (1 + 100 / j) <= CLOSE * (1 + 10) ** 2] == list(range(4, 29))
+    small = " ".join(recommendation(findings(100.0, as_run=3e-3)))
+    assert "with 64 in a micro-batch, and in those of 16, as here, takes 5.67 times as long" in small
     many = " ".join(recommendation(findings(1e4, seconds_per_update=10.0)))
     assert "accumulate: 10000 samples" in many
     assert "do not accumulate" not in many

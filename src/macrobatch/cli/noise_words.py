@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
-from macrobatch.batch_tradeoff import counted
+from macrobatch.batch_tradeoff import counted, in_samples
 from macrobatch.cli.formats import number_text, seconds_text
 
 if TYPE_CHECKING:
@@ -43,18 +43,50 @@ def _fastest(found: "Findings") -> list[str]:
     fast = found.fastest
     if fast is None:
         return ["Which batch trains fastest here is not known: no update was timed. Train for more of them"]
-    times = (
-        f"On this machine a sample takes {seconds_text(fast.seconds_per_sample)} in micro-batches of "
-        f"{found.micro_batch_size}, and an update {seconds_text(fast.seconds_per_update)} besides"
-    )
-    lines = [f"{times}: {fast.verdict}"]
+    lines = [f"{_times(found)}: {fast.verdict}{_as_good(found)}"]
     if found.is_coupled:
         lines[0] += f". {found.largest} is the model's own micro-batch: it normalises over it"
-    slowdown = fast.slowdown(found.batch_size)
-    if math.isfinite(slowdown) and math.isfinite(fast.batch_size):
-        longer = f"takes {number_text(slowdown)} times as long to the same loss" if slowdown > CLOSE else "is as fast"
-        lines[0] += f". Training at {found.batch_size} {longer}"
+    slowdown, as_run = found.slowdown(), found.slowdown(found.seconds_as_run)
+    if slowdown is not None and as_run is not None:
+        lines[0] += f". Training at {found.batch_size} {_longer(slowdown)}"
+        at_once = min(found.batch_size, found.largest)
+        if found.micro_batch_size < at_once and as_run > CLOSE * slowdown:
+            lines[0] += f" with {at_once} in a micro-batch, and in those of {found.micro_batch_size}, as here, "
+            lines[0] += _longer(as_run)
     return lines
+
+
+def _longer(slowdown: float) -> str:
+    return f"takes {number_text(slowdown)} times as long to the same loss" if slowdown > CLOSE else "is as fast"
+
+
+def _times(found: "Findings") -> str:
+    """What was timed, at which sizes, and what it comes to where training is fastest."""
+    fast, costs = found.fastest, found.costs
+    assert fast is not None
+    words = f"a sample takes {seconds_text(fast.seconds_per_sample)}"
+    besides = f"an update {seconds_text(fast.seconds_per_update)} besides, whatever its size"
+    if costs is None or len(costs.seconds) < 2:
+        return f"On this machine {words}, and {besides}"
+    return (
+        f"On this machine, timed in micro-batches of {min(costs.seconds)} to {max(costs.seconds)}, {words} around the "
+        f"size that trains fastest, and {besides}"
+    )
+
+
+def _as_good(found: "Findings") -> str:
+    """The sizes that training takes hardly longer with, (gamma + c B) (1 + Bn/B) <= CLOSE times the least, in words."""
+    fast, bound = found.fastest, float(found.largest)
+    if fast is None or not math.isfinite(fast.batch_size) or fast.seconds_per_update <= 0:
+        return ""
+    gamma, c, scale = fast.seconds_per_update, fast.seconds_per_sample, fast.noise_scale
+    half = (CLOSE * (math.sqrt(gamma) + math.sqrt(c * scale)) ** 2 - gamma - c * scale) / (2 * c)
+    apart = math.sqrt(max(half**2 - gamma * scale / c, 0.0))
+    low, high = max(half - apart, 1.0), half + apart if fast.accumulate else min(half + apart, bound)
+    low, high = math.ceil(low), math.floor(high)
+    if high <= low:
+        return ""
+    return f"; any from {in_samples(low)} to {in_samples(high)} is within {CLOSE - 1:.0%} of that"
 
 
 def _coupled(found: "Findings") -> list[str]:
