@@ -32,7 +32,10 @@ def _what_was_imported_is_no_garbage() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped, visibly, on a machine without one."""
+    """Names are the same in every process; tests marked gpu are skipped, visibly, on a machine without one."""
+    changing = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    if changing:
+        raise pytest.UsageError(f"the name of a test holds an address, give it ids=: {changing[0]}")
     if torch.cuda.is_available():
         return
     for item in items:

@@ -110,7 +110,7 @@ SHARED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize("make", [plain, gathered])
-@pytest.mark.parametrize(("options", "message"), SHARED, ids=lambda case: str(case)[:40])
+@pytest.mark.parametrize(("options", "message"), SHARED, ids=lambda case: re.sub(" at 0x.*", "", str(case))[:40])
 def test_an_argument_that_cannot_work_is_refused_when_the_accumulator_is_made(
     make: Make, options: dict[str, Any], message: str
 ) -> None:
