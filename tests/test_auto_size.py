@@ -41,13 +41,10 @@ def budget(model: nn.Module, batch: Batch) -> int:
     return mb.peak_memory(train)
 
 
-def test_no_window_of_the_search_needs_more_than_the_budget() -> None:
-    model, batch = model_and_batch()
-    max_memory = budget(*model_and_batch())
-    accumulator = mb.Accumulator(model, loss_fn, micro_batch_size="auto", max_memory=max_memory)
-    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+def searched(accumulator: mb.Accumulator, batch: Batch, optimizer: torch.optim.Optimizer) -> tuple[list[int], int]:
+    """The micro-batch sizes tried until one is found, without a failure, and the peak in bytes after planning."""
     tried = [max(accumulator.run(batch).micro_batch_sizes)]  # plans
-    clear(model)
+    clear(accumulator.model)
 
     def search() -> None:
         while not accumulator._limit.is_found:
@@ -56,7 +53,16 @@ def test_no_window_of_the_search_needs_more_than_the_budget() -> None:
             tried.append(max(report.micro_batch_sizes))
             mb.apply_update(optimizer, report)
 
-    assert mb.peak_memory(search) <= max_memory
+    return tried, mb.peak_memory(search)
+
+
+def test_no_window_of_the_search_needs_more_than_the_budget() -> None:
+    model, batch = model_and_batch()
+    max_memory = budget(*model_and_batch())
+    accumulator = mb.Accumulator(model, loss_fn, micro_batch_size="auto", max_memory=max_memory)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    tried, peak = searched(accumulator, batch, optimizer)
+    assert peak <= max_memory
     assert max(tried) >= 20  # and it does use the room there is
     assert accumulator.micro_batch_size in tried
 
@@ -103,17 +109,8 @@ def test_auto_leaves_room_for_the_state_of_the_optimizer_that_is_given() -> None
     accumulator = mb.Accumulator(
         model, class_loss, micro_batch_size="auto", max_memory=SMALL_BUDGET, optimizer=optimizer
     )
-    tried = [max(accumulator.run(batch).micro_batch_sizes)]  # plans
-    clear(model)
-
-    def search() -> None:
-        while not accumulator._limit.is_found:
-            report = accumulator.run(batch)
-            assert report.retries == 0
-            tried.append(max(report.micro_batch_sizes))
-            mb.apply_update(optimizer, report)
-
-    assert mb.peak_memory(search) <= SMALL_BUDGET
+    tried, peak = searched(accumulator, batch, optimizer)
+    assert peak <= SMALL_BUDGET
     assert tried[0] == planned.micro_batch_size == 256
     assert planned.memory.optimizer_state == 0
 

@@ -90,3 +90,21 @@ def test_the_page_says_the_overhead_that_was_measured() -> None:
         assert re.search(
             rf"\b{results[name]['ms per micro-batch']:.1f} ms|\b{results[name]['ms per micro-batch']:.0f} ms", said
         )
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    slow = {f"{row['macrobatch'][1]:.2f}" for row in rows_of(results) if row["ms per micro-batch"] >= 3}
+    [fast] = [f"{row['macrobatch'][1]:.2f}" for row in rows_of(results) if row["ms per micro-batch"] < 1.5]
+    assert len(slow) == 1
+    assert f"{slow.pop()} times as long for micro-batches of 3 ms and more, {fast} at 1 ms" in readme
+
+
+def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in results.values() if isinstance(row, dict)]
+
+
+def test_the_decision_on_backward_says_what_was_measured() -> None:
+    root = Path(__file__).parents[1]
+    results = json.loads((root / "benchmarks" / "results" / "backward.json").read_text(encoding="utf-8"))
+    [page] = [path.read_text(encoding="utf-8") for path in (root / "docs" / "decisions").glob("0006-*.md")]
+    said = re.findall(r"^\| .* \| (0\.\d+) \|$", page, re.MULTILINE)
+    assert said == [f"{results[name][1]:.3f}" for name in benchmark("backward").WAYS]
+    assert float(said[1]) < float(said[0])  # which is why

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from macrobatch.structure import Nested, map_tensors, tensors
 
-CPU = torch.device("cpu")  # to compare with: a device asked for its `type` writes a text, 5 to 15 us amid training
+CPU = torch.device("cpu")  # to compare with: a device that is asked for its `type` writes a text, which takes long
 
 
 def device_of(parameters: Sequence[nn.Parameter]) -> torch.device | None:

@@ -28,8 +28,8 @@ def taken_anew(model: nn.Module, task: Task, micro_batches: Sequence[Any]) -> It
     """Within it running statistics are the means of those of the micro-batches, equally weighted; then as before.
 
     While they are taken all other layers are in eval mode, so that dropout drops nothing. Parameters, modes, random
-    numbers and, after it, every buffer are as before. Cost: a forward of the samples, as of
-    torch.optim.swa_utils.update_bn.
+    numbers and, after it, every buffer are as before. Cost: a forward of the samples. As
+    torch.optim.swa_utils.update_bn, which would call the model itself, where a task says how in its loss_fn.
     """
     layers = running_layers(model)
     if not layers or not micro_batches:
