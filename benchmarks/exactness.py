@@ -7,6 +7,7 @@ source from the standard library. The last rows are what macrobatch does not mak
 results as JSON; those in the README are kept in benchmarks/results/exactness.json.
 """
 
+import gc
 import inspect
 import json
 import multiprocessing
@@ -222,6 +223,14 @@ def rank_errors(rank: int, folder: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/start", rank=rank, world_size=2)
+    errors = errors_over_ranks(rank)
+    gc.collect()  # DDP goes before its group: docs/distributed.md, limits
+    dist.destroy_process_group()
+    if rank == 0:
+        Path(folder, "errors").write_text(json.dumps(errors))
+
+
+def errors_over_ranks(rank: int) -> dict[str, float]:
     torch.manual_seed(0)
     everything = lines(8, sort=True)
     model, micro_batches = next_byte(), everything[4 * rank : 4 * rank + 4]
@@ -232,13 +241,7 @@ def rank_errors(rank: int, folder: str) -> None:
         (token_mean(ddp, micro_batch) / 4).backward()
     errors = {"textbook": error(gradients_of(model), truth)}
     mb.Accumulator(ddp, token_sum).run(mb.Window(micro_batches))
-    errors["macrobatch"] = error(gradients_of(model), truth)
-    if rank == 0:
-        Path(folder, "errors").write_text(json.dumps(errors))
-    dist.destroy_process_group()
-    # Gloo's threads outlive their group once DDP had it (seen in torch 2.13), and now and then a process aborts when
-    # Python shuts down beside them. Everything is written: it ends here, without that shutdown.
-    os._exit(0)
+    return errors | {"macrobatch": error(gradients_of(model), truth)}
 
 
 def measure_two_ranks() -> dict[str, object]:

@@ -18,7 +18,7 @@ def outcomes_of(script: str | None, claims: Iterable[str], world: int, folder: P
         for rank in range(world)
     ]
     try:
-        for process in processes:
+        for process in processes:  # each ends by itself, when a claim hangs: see ranks.main
             process.wait(timeout=500)
     finally:
         for process in processes:

@@ -4,6 +4,7 @@ Started through all_ranks.py; imports nothing from pytest, so that a child proce
 """
 
 import datetime
+import faulthandler
 import gc
 import os
 import sys
@@ -25,6 +26,7 @@ from macrobatch.window_pass import WindowPass
 
 Batch = dict[str, Tensor]
 LENGTH = 6
+UNFINISHED = "never finished\n"
 
 
 class Tagger(nn.Module):
@@ -681,19 +683,28 @@ def claims() -> dict[str, Callable[[int], None]]:
 
 
 def main(rank: int, world: int, folder: str) -> None:
-    """Run the claims on this rank and write, for each, nothing or the traceback."""
+    """Run the claims on this rank and write for each nothing, or the traceback, or every stack where it hangs."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=60)
     for name, claim in claims().items():
-        gc.collect()
         gc.freeze()  # recovery collects garbage after every failure: not over all that was imported, too
         start = f"file://{folder}/{name}.start"  # a group for each claim: one that fails leaves its ranks out of step
-        dist.init_process_group("gloo", init_method=start, rank=rank, world_size=world, timeout=timeout)
-        try:
-            claim(world)
-            text = ""
-        except Exception:
-            text = traceback.format_exc()
-        Path(folder, f"{name}.{rank}").write_text(text)
-        dist.destroy_process_group()
+        with Path(folder, f"{name}.{rank}").open("w+") as outcome:
+            outcome.write(UNFINISHED)
+            outcome.flush()
+            faulthandler.dump_traceback_later(120, exit=True, file=outcome)  # after what the group's timeout ends
+            dist.init_process_group("gloo", init_method=start, rank=rank, world_size=world, timeout=timeout)
+            try:
+                claim(world)
+                text = ""
+            except Exception:
+                text = traceback.format_exc()
+            # DDP goes before its group. As the last to hold it, it would wait for Gloo's threads with Python's lock in
+            # its hand, and one of them may be waiting for that lock, to let go of the tensor it reduced last.
+            gc.collect()
+            dist.destroy_process_group()
+            faulthandler.cancel_dump_traceback_later()
+            outcome.seek(0)
+            outcome.truncate()
+            outcome.write(text)
