@@ -39,6 +39,7 @@ LEVELS = (
         "moments",
         "lanczos",
     ),
+    ("samples",),
     ("structure", "memory", "substitution", "batch_tradeoff"),
     ("devices",),
     ("state",),
@@ -69,6 +70,7 @@ LEVELS = (
     ("gathered_window", "graph_budget"),
     ("epoch", "per_example", "hessian"),
     # What scaling_rules and warmup stand on.
+    ("rule_table",),
     ("scaling_families", "schedulers", "outliers", "snapshots"),
     ("scaling_changes", "saving", "spike_rates", "spike_values"),
     ("spike_options",),

@@ -17,7 +17,8 @@ from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR
 
 import macrobatch as mb
-from macrobatch.scaling_families import FAMILIES, RULES
+from macrobatch.rule_table import RULES
+from macrobatch.scaling_families import FAMILIES
 
 EVERY_OPTIMIZER = sorted(
     name
