@@ -49,7 +49,7 @@ LEVELS = (
     ("lockstep",),
     ("batch", "budget", "prediction", "gathering", "replay", "aligned_random"),
     ("weighting", "recording", "size_plans", "row_order"),
-    ("criteria", "tally", "rehearsal", "update_memory"),
+    ("criteria", "tally", "reductions", "rehearsal", "update_memory"),
     ("report",),
     ("recovery", "measuring", "seeds", "moment_average"),
     ("call_notes",),
@@ -67,7 +67,7 @@ LEVELS = (
     ("accumulator", "loops", "update"),
     ("row_blocks", "gathered_forward"),
     ("gathered_loss", "gathered_backward", "gathered_pairs"),
-    ("gathered_window", "graph_budget"),
+    ("gathered_window", "graph_budget", "slope"),
     ("epoch", "per_example", "hessian"),
     # What scaling_rules and warmup stand on.
     ("rule_table",),

@@ -20,13 +20,12 @@ from macrobatch.accumulator import Accumulator
 from macrobatch.arguments import check_loss_fn
 from macrobatch.batch import Window
 from macrobatch.coupling import coupled_layers
-from macrobatch.leaves import has_nested_backward
 from macrobatch.modules import ddp_modules, modules_of, name_of, submodules
 from macrobatch.recovery import is_out_of_memory
+from macrobatch.slope import Slope
 from macrobatch.structure import Nested
 from macrobatch.substitution import Stage
 from macrobatch.tally import CountFn
-from macrobatch.weighting import LOSS, Loss, terms_of
 
 LossFn = Callable[[Any, Any], Any]
 Method = Literal["auto", "double-backward", "finite-differences"]
@@ -57,8 +56,6 @@ class Hessian:
         self._count = count
         self.parameters = parameters
         self.num_products = 0
-        self._direction: list[Tensor] = []
-        self._has_custom_functions = False
         self.method = "finite-differences" if method == "finite-differences" else "double-backward"
         self.why = "as asked for"
         if method == "auto":
@@ -79,12 +76,12 @@ class Hessian:
         length = _norm(gradient)
         v = gradient / length if length > 0 else torch.ones_like(gradient) / len(gradient) ** 0.5
         try:
-            second = self._second(v, one)
+            second, has_custom_functions = self._second(v, one)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             return f"double backward failed: {str(error).splitlines()[0]}"
-        if not self._has_custom_functions:
+        if not has_custom_functions:
             return None
         # Such a function's backward may treat as constant what is not, without an error.
         difference = self._difference(v, one)
@@ -110,7 +107,9 @@ class Hessian:
     def product(self, v: Tensor) -> Tensor:
         """H v, shape (n,)."""
         self.num_products += 1
-        return self._second(v, self._window) if self.method == "double-backward" else self._difference(v, self._window)
+        if self.method == "double-backward":
+            return self._second(v, self._window)[0]
+        return self._difference(v, self._window)
 
     def gradient(self) -> Tensor:
         """The gradient of the mean loss, shape (n,)."""
@@ -169,30 +168,11 @@ class Hessian:
             behind = self._gradient_over(window)
         return (ahead - behind) / (2 * e)
 
-    def _second(self, v: Tensor, window: Window) -> Tensor:
-        self._direction = [part.to(p.dtype) for part, p in zip(self._split(v), self.parameters, strict=True)]
-        return self._of_terms(self._slope, window)
-
-    def _slope(self, _: Any, micro_batch: Nested) -> Any:
-        """A loss_fn: the derivative of the loss along the direction, in the form that the loss has."""
-        terms = terms_of(self._loss_fn(self._model, micro_batch), 1, self._count is not None)
-        if terms.is_empty:
-            return Loss(0.0, terms.weight)  # type: ignore[arg-type]
-        slopes = {name: self._along(loss_sum) for name, loss_sum in terms.sums.items()}
-        if self._count is not None:
-            return slopes
-        return slopes[LOSS] if terms.is_mean else (slopes[LOSS], terms.weight)
-
-    def _along(self, loss_sum: Tensor) -> Tensor:
-        if not loss_sum.requires_grad:
-            return loss_sum  # the Accumulator says what is wrong with it
-        self._has_custom_functions |= has_nested_backward([loss_sum])
-        gradient = torch.autograd.grad(loss_sum, self.parameters, create_graph=True, allow_unused=True)
-        pairs = zip(gradient, self._direction, strict=True)
-        slope = torch.stack([(g * part).sum() for g, part in pairs if g is not None]).sum()
-        if slope.requires_grad:
-            return slope
-        return slope + 0.0 * torch.stack([p.sum() for p in self.parameters]).sum()  # linear in the weights
+    def _second(self, v: Tensor, window: Window) -> tuple[Tensor, bool]:
+        """H v by double backward, and whether the loss has functions that may be wrong about it without an error."""
+        direction = [part.to(p.dtype) for part, p in zip(self._split(v), self.parameters, strict=True)]
+        slope = Slope(self._loss_fn, self._model, self.parameters, direction, has_count=self._count is not None)
+        return self._of_terms(slope.loss, window), slope.has_custom_functions
 
     def _flat(self, tensors: Sequence[Tensor | None]) -> Tensor:
         filled = [torch.zeros_like(p) if t is None else t for t, p in zip(tensors, self.parameters, strict=True)]
