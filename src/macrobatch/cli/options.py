@@ -57,9 +57,9 @@ def option(help_text: str, *names: str, parser: Callable[[str], Any] | None = No
     return typer.Option(*names, parser=parser, metavar=metavar, help=escape(help_text))
 
 
-def choice(kind: Any, help_text: str) -> Any:
-    """An option that is one of the values of a Literal."""
-    return option(help_text, parser=_one_of(kind), metavar="|".join(get_args(kind)))
+def choice(kind: Any, help_text: str, metavar: str | None = None) -> Any:
+    """An option that is one of the values of a Literal; `metavar` stands for them where a line has no room."""
+    return option(help_text, parser=_one_of(kind), metavar=metavar or "|".join(get_args(kind)))
 
 
 def count(least: int, help_text: str) -> Any:
@@ -82,9 +82,9 @@ def _task_option(text: str) -> tuple[str, Any]:
         raise typer.BadParameter(str(error)) from None
 
 
-# The options that both commands have, each with its one explanation.
+# The options that several commands have, each with its one explanation.
 TaskName = Annotated[
-    str, typer.Option("--task", help=f"{', '.join(task_names())}, or package.module:function of your own.")
+    str, option(f"{', '.join(task_names())}, or package.module:function of your own.", "--task", metavar="NAME")
 ]
 TaskOptions = Annotated[
     list[Any] | None,
@@ -93,39 +93,61 @@ TaskOptions = Annotated[
 BatchSize = Annotated[int | None, count(1, "Samples in an update: the effective batch.  [the task's]")]
 MaxMemory = Annotated[
     Any,
-    typer.Option(parser=_memory, metavar="BYTES", help="The most memory for tensors, such as 6GB, 500MB or 80%."),
+    option("The most memory for tensors: 6GB, 500MB, or 80% of what is free.", parser=_memory, metavar="BYTES"),
 ]
 PrecisionName = Annotated[setup.Precision, choice(setup.Precision, "Of matrix products; weights stay fp32.")]
 LearningRate = Annotated[
     float | None, option("Learning rate.  [the task's]", "--lr", parser=above_zero, metavar="RATE")
 ]
-Samples = Annotated[int | None, count(1, "Train on this many samples.")]
+Samples = Annotated[int | None, count(1, "Instead of --steps: train on this many samples.")]
 Seed = Annotated[int, count(0, "Of initial weights and of the order of samples.")]
-DeviceName = Annotated[setup.Device, choice(setup.Device, "Where to compute.")]
+DeviceName = Annotated[setup.Device, choice(setup.Device, "Where to compute; auto: the GPU where there is one.")]
 Threads = Annotated[int | None, count(1, "Threads of a CPU; fewer where other programs are at work.  [torch's]")]
 Output = Annotated[
     Path | None,
-    option("A new folder for the results; if it holds something, NAME-2 and so on.  [runs/TASK]"),
+    option(
+        "A new folder for the results; if it holds something, FOLDER-2 and so on.  "
+        "[runs/TASK] for train, [runs/COMMAND-TASK] for others",
+        metavar="FOLDER",
+    ),
 ]
 
 
 # Those of commands that train.
 BatchSchedule = Annotated[
     str | None,
-    typer.Option(metavar="SIZES", help="Over the run: steps:32,128@5k or ramp:32:512:20k or doubling:32:512."),
+    typer.Option(
+        metavar="SIZES",
+        help="The effective batch over the run: steps:32,128@5k or ramp:32:512:20k or doubling:32:512.",
+    ),
 ]
 MicroBatchSize = Annotated[
     Any,
-    option("Samples in memory at once.  [auto: the fastest that fits]", parser=micro_batch_size_of, metavar="N|auto"),
+    option(
+        "Samples in memory at once.  [auto: the fastest that fits; the task's where BatchNorm couples samples]",
+        parser=micro_batch_size_of,
+        metavar="N|auto",
+    ),
 ]
-BaseBatchSize = Annotated[int | None, count(1, "The batch size that the learning rate was tuned for.")]
-ScalingRule = Annotated[RuleName, choice(RuleName, "How hyperparameters follow the batch; auto fits the optimizer.")]
-LearningRateSchedule = Annotated[setup.Schedule, choice(setup.Schedule, "Learning rate over the run.")]
+BaseBatchSize = Annotated[
+    int | None, count(1, "The batch size that the learning rate was tuned for.  [the task's, with its --lr]")
+]
+ScalingRule = Annotated[
+    RuleName,
+    choice(
+        RuleName,
+        f"How hyperparameters follow the batch: {', '.join(get_args(RuleName))}; auto fits the optimizer.",
+        "RULE",
+    ),
+]
+LearningRateSchedule = Annotated[
+    setup.Schedule, choice(setup.Schedule, "Learning rate over the run, after the warmup.")
+]
 Warmup = Annotated[int, count(0, "Updates in which the learning rate rises to its value.")]
-Steps = Annotated[int | None, count(1, "Train for this many updates.")]
-Epochs = Annotated[int | None, count(1, "Passes over the data.  [1]")]
+Steps = Annotated[int | None, count(1, "Train for this many updates; or give --epochs, or --samples.")]
+Epochs = Annotated[int | None, count(1, "Instead of --steps: passes over the data.  [1]")]
 MaxNorm = Annotated[
-    float | None, typer.Option(parser=above_zero, metavar="NORM", help="Clip the gradient of the update to this.")
+    float | None, typer.Option(parser=above_zero, metavar="NORM", help="Clip the gradient of the update to this norm.")
 ]
 SpikeGuarding = Annotated[Guarding, choice(Guarding, "What becomes of an update whose loss or gradient is a spike.")]
-SnapshotEvery = Annotated[int | None, count(1, "Updates between snapshots to roll back to.  [25]")]
+SnapshotEvery = Annotated[int | None, count(1, "Of rollback: updates between snapshots.  [25]")]
