@@ -73,7 +73,7 @@ LEVELS = (
     ("rule_table",),
     ("scaling_families", "schedulers", "outliers", "snapshots"),
     ("scaling_changes", "saving", "spike_rates", "spike_values"),
-    ("spike_options",),
+    ("spike_options", "spike_history"),
     # L2 policies: one level, so that they never import one another
     (
         *("scaling_rules", "warmup", "schedule", "noise", "adascale", "invariant_adam", "spikes"),

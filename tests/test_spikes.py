@@ -492,8 +492,8 @@ def test_the_short_last_window_of_an_epoch_is_no_spike() -> None:
         for t, (x, y) in enumerate(full):
             mine.train([(x[:2], y[:2]) if t % 10 == 9 else (x, y)], guard)
             if not corrected:
-                guard.sizes.clear()
-                guard.sizes.append(2)
+                guard._history.sizes.clear()
+                guard._history.sizes.append(2)
         return mine.kinds
 
     assert score_of_tails(corrected=True).count("skipped") == 0

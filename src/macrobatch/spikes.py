@@ -2,10 +2,8 @@
 
 import logging
 import math
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -16,9 +14,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from macrobatch.distributed import Ranks
 from macrobatch.gradients import norm_of
-from macrobatch.outliers import spike_score
 from macrobatch.report import Report
 from macrobatch.snapshots import BeforeWindow, Stateful, capture, restore
+from macrobatch.spike_history import History
 from macrobatch.spike_options import Policy, check_options, check_report, refuse_missing, run_of, store_of
 from macrobatch.spike_rates import RateScale
 from macrobatch.spike_values import HOPELESS, Seen, SpikeError, SpikeVerdict, culprit, describe, see
@@ -27,7 +25,6 @@ from macrobatch.update import apply_update
 logger = logging.getLogger("macrobatch")
 
 SPARED = 1  # flags in a row that only skip, unless the loss is a spike: the window may be at fault, and not the run
-HISTORIES = ("losses", "norms", "sizes", "variances", "squared_means")  # of the last accepted windows
 POSITION = ("num_accepted", "since_snapshot")  # goes back with the run
 COUNTS = ("flags_in_a_row", "rollbacks", "lr_scale", "warmed_up")  # stay when it does
 
@@ -83,8 +80,8 @@ class SpikeGuard:
         self._snapshot_of: list[int] | None = None  # ids of the parameters in the snapshot, None without one
         self._mark = 0.0  # the norm of the parameters in the snapshot, to know it by; the same on every rank
         self._restore_random = restore_random
-        self.losses, self.norms, self.sizes = (deque[float](maxlen=window) for _ in range(3))
-        self.variances, self.squared_means = (deque[float](maxlen=window) for _ in range(2))
+        self._history = History(window)
+        self.losses, self.norms = self._history.losses, self._history.norms  # of the last accepted windows
         self.num_accepted = 0
         self.since_snapshot = 0  # accepted updates that a rollback would undo
         self.flags_in_a_row = self.rollbacks = 0
@@ -100,7 +97,7 @@ class SpikeGuard:
         """
         check_report(report, self._run, self.policy)
         seen = see(report, self._run.parameters)
-        scores = self._scores(seen)
+        scores = self._history.scores(seen, min_updates=self.min_updates)
         ranks = Ranks(report.process_group)
         overflows = seen.has_terms and report.scaler is not None and report.scaler.is_enabled()
         overflows = overflows and math.isfinite(seen.loss) and not math.isfinite(seen.grad_norm)
@@ -125,29 +122,13 @@ class SpikeGuard:
         self._before.remember()
         return verdict
 
-    def _scores(self, seen: Seen) -> tuple[float | None, float | None]:
-        """Of loss and gradient norm. A window of few samples, such as the last of an epoch, may deviate as its noise.
-
-        With 1/e^2 of the usual samples that is e times the deviation, and at most e times the norm: its square is
-        |G|^2 + S/n.
-        """
-        if len(self.losses) < self.min_updates or not seen.is_finite:
-            return None, None
-        e = math.sqrt(max(1.0, median(self.sizes) / max(seen.num_samples, 1.0)))
-        return spike_score(seen.loss, self.losses) / e, spike_score(seen.grad_norm / e, self.norms) / e
-
     # ---- accepted
 
     def _accept(self, seen: Seen) -> None:
         self.flags_in_a_row = 0
         if self.policy == "rollback" and self._is_snapshot_due():
             self._take_snapshot()
-        self.losses.append(seen.loss)
-        self.norms.append(seen.grad_norm)
-        self.sizes.append(seen.num_samples)
-        if math.isfinite(seen.variance):
-            self.variances.append(seen.variance)
-            self.squared_means.append(seen.squared_mean)
+        self._history.add(seen)
         self.num_accepted += 1
         self.since_snapshot += 1
         self.warmed_up = min(self.warmed_up + 1, self.warmup_updates)
@@ -183,11 +164,8 @@ class SpikeGuard:
         ranks: Ranks,
     ) -> SpikeVerdict:
         self.flags_in_a_row += 1
-        typical = [median(history) if history else math.nan for history in (self.losses, self.norms)]
-        why = describe(seen, scores, self.threshold, typical)
-        variance = median(self.variances) if self.variances else 1.0  # without any: noise alone
-        squared_mean = median(self.squared_means) if self.squared_means else 0.0
-        rank, micro_batch = culprit(report, variance, squared_mean, ranks) or (None, None)
+        why = describe(seen, scores, self.threshold, self._history.typical())
+        rank, micro_batch = culprit(report, *self._history.noise(), ranks) or (None, None)
         told = why, seen.loss, seen.grad_norm, *scores, micro_batch, rank
         saved = self._can_go_back()
         if self.policy == "warn" and not broken:
@@ -199,11 +177,11 @@ class SpikeGuard:
         if self.policy == "rollback" and is_lasting and self.since_snapshot and not ranks.any(not saved):
             self._roll_back()
             verdict = SpikeVerdict("rolled_back", *told, back_to=self.num_accepted)
+            done = f"rolled back, rates are now {self.lr_scale:g} of what they were at first"
         else:
             self._before.restore(random_numbers=self._restore_random)
-            verdict = SpikeVerdict("skipped", *told)
-        then = f"rolled back, rates are now {self.lr_scale:g} of what they were at first"
-        logger.warning("spike: %s; %s", why, then if verdict.kind == "rolled_back" else "skipped")
+            verdict, done = SpikeVerdict("skipped", *told), "skipped"
+        logger.warning("spike: %s; %s", why, done)
         self._give_up_if_hopeless(why)
         return verdict
 
@@ -211,8 +189,7 @@ class SpikeGuard:
         self.num_accepted += 1
         if self.flags_in_a_row >= self.max_flags_in_a_row:  # that is no spike but the new normal
             self.flags_in_a_row = 0
-            for name in HISTORIES:
-                getattr(self, name).clear()
+            self._history.clear()
 
     def _drop(self, report: Report) -> None:
         """The window's gradients are gone, and the scaler has forgotten them without counting a step."""
@@ -246,10 +223,9 @@ class SpikeGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """History and counters as plain numbers, for any checkpoint. The snapshot is not in it: it is in `folder`."""
-        histories = {name: list(getattr(self, name)) for name in HISTORIES}
         counts = {name: getattr(self, name) for name in POSITION + COUNTS}
         scale = 1.0 if self._rates is None else self._rates.scale
-        return {**histories, **counts, "applied_lr_scale": scale, "mark": self._mark}
+        return {**self._history.state_dict(), **counts, "applied_lr_scale": scale, "mark": self._mark}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on as the guard did whose state this is. Load model, optimizer, scheduler and scaler beforehand.
@@ -257,9 +233,8 @@ class SpikeGuard:
         It goes back to the file in `folder`, if that is the one which that guard had; else a new snapshot is taken at
         the first window, before whose update there is none to go back to. ValueError for another kind of state.
         """
-        expected = {*HISTORIES, *POSITION, *COUNTS, "applied_lr_scale", "mark"}
-        if set(state) != expected:
-            raise ValueError(f"a spike guard's state holds {sorted(expected)}, this one {sorted(state)}")
+        if state.keys() != (own := self.state_dict()).keys():
+            raise ValueError(f"a spike guard's state holds {sorted(own)}, this one {sorted(state)}")
         self._load(state, POSITION + COUNTS)
         self._mark = state["mark"]
         self._before = BeforeWindow(self._run)
@@ -270,8 +245,7 @@ class SpikeGuard:
             self._snapshot_of = [id(p) for p in self._run.parameters]
 
     def _load(self, state: Mapping[str, Any], counts: Sequence[str]) -> None:
-        for name in HISTORIES:
-            setattr(self, name, deque(state[name], maxlen=self.window))
+        self._history.load_state_dict(state)
         for name in counts:
             setattr(self, name, state[name])
         if self._rates is not None:
