@@ -67,7 +67,7 @@ LEVELS = (
     ("accumulator", "loops", "update"),
     ("row_blocks", "gathered_forward"),
     ("gathered_loss", "gathered_backward", "gathered_pairs"),
-    ("gathered_window", "graph_budget", "slope"),
+    ("gathered_window", "gathered_options", "graph_budget", "slope"),
     ("epoch", "per_example", "hessian"),
     # What scaling_rules and warmup stand on.
     ("rule_table",),

@@ -24,11 +24,11 @@ from macrobatch.accumulator import NO_BATCH, Accumulator
 from macrobatch.alignment import random_of, without_ddp
 from macrobatch.auto_size import AutoSize, refuse_coupled
 from macrobatch.batch import Cut, NumSamples, Window, cut_batch
-from macrobatch.budget import check_max_memory
 from macrobatch.coupling import GATHERED_CHOICES
 from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks
 from macrobatch.gathered_forward import Encode, Encoder
 from macrobatch.gathered_loss import GatheredLoss
+from macrobatch.gathered_options import check_batch_norm, check_budget, check_functions, graph_limit
 from macrobatch.gathered_window import GatheredRecipe, GatheredWindow
 from macrobatch.gradients import WindowGradients
 from macrobatch.graph_budget import SAMPLES, Needs, needs_of
@@ -37,7 +37,6 @@ from macrobatch.modules import Frozen
 from macrobatch.rehearsal import Rehearsal
 from macrobatch.replay import Replay
 from macrobatch.report import Report
-from macrobatch.signatures import check_callable, takes
 from macrobatch.sizing import SizeLimit
 from macrobatch.structure import Nested, map_tensors, tensors
 from macrobatch.window_pass import Autocast, WindowPass
@@ -86,12 +85,8 @@ class GatheredAccumulator(Accumulator):
         rng: Literal["aligned"] | None = None,
         process_group: GroupChoice = AUTO,
     ) -> None:
-        _check_functions(encode, loss_fn)
-        if batch_norm not in (None, "micro_batch"):
-            raise ValueError(
-                f"batch_norm={batch_norm!r} is not for losses over all outputs: micro-batches run one by one, twice. "
-                "Convert the layers (macrobatch.batchnorm.convert), freeze them, or give 'micro_batch'"
-            )
+        check_functions(encode, loss_fn)
+        check_batch_norm(batch_norm)
         super().__init__(
             model,
             _SumOfOutputs(encode, loss_fn),
@@ -112,14 +107,9 @@ class GatheredAccumulator(Accumulator):
         self._gathered = GatheredRecipe(
             encode, loss_fn, self._measure, cut, self._limit, self._beginnings, Replay(), random_of(rng, cut)
         )
-        self._graphs = _graph_limit(keep_graphs)
-        self._budget = check_max_memory(max_memory)
+        self._graphs = graph_limit(keep_graphs)
+        self._budget = check_budget(max_memory, keep_graphs, micro_batch_size)
         self._has_room_for_graphs = max_memory is not None and keep_graphs == "auto"  # how much will be seen
-        if max_memory is not None and "auto" not in (keep_graphs, micro_batch_size):
-            raise ValueError(
-                f"max_memory={max_memory!r} goes with keep_graphs='auto' or micro_batch_size='auto'; to enforce one "
-                "run inside memory_limit(...)"
-            )
 
     @property
     def keep_graphs(self) -> int:
@@ -239,22 +229,3 @@ class _SumOfOutputs(nn.Module):
         if not rows:
             raise ValueError("no output of encode depends on a trainable parameter: was it detached?")
         return torch.stack([row.sum().float() for row in rows]).sum()
-
-
-def _graph_limit(keep_graphs: int | Literal["auto"]) -> SizeLimit:
-    """A limit that counts one more than the graphs: halved after a failure it ends at no graph, and grows again."""
-    if keep_graphs == "auto":
-        return SizeLimit(2)
-    if isinstance(keep_graphs, bool) or not isinstance(keep_graphs, int) or keep_graphs < 0:
-        raise ValueError(f"keep_graphs must be an integer of at least 0, or 'auto', got {keep_graphs!r}")
-    return SizeLimit(keep_graphs + 1)
-
-
-def _check_functions(encode: Encode, loss_fn: GatheredLoss) -> None:
-    """ValueError if `encode` or `loss_fn` cannot be called as they will be; it says what each was taken for."""
-    whole = ". A model is handed to it: encode=lambda model, micro_batch: model(micro_batch)"
-    check_callable(encode, "encode", ("model", "micro_batch"), whole if takes(encode, 1) else "")
-    of_outputs = ". Write one that calls it with what it needs of outputs"
-    in_blocks = ". A loss in blocks of rows is given as RowBlocks(block_loss, rows=...)"
-    advice = in_blocks if takes(loss_fn, 4) else of_outputs
-    check_callable(loss_fn, "loss_fn", ("model", "outputs", "window"), advice)
