@@ -48,7 +48,7 @@ LEVELS = (
     ("meeting", "pooled_norm"),
     ("lockstep",),
     ("batch", "budget", "prediction", "gathering", "replay", "aligned_random"),
-    ("weighting", "recording", "size_plans", "row_order"),
+    ("weighting", "recording", "size_plans", "row_order", "window_kind"),
     ("criteria", "tally", "reductions", "rehearsal", "update_memory"),
     ("report",),
     ("recovery", "measuring", "seeds", "moment_average"),

@@ -9,19 +9,18 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from macrobatch.aligned_random import AlignedRandom, Draws, recorded_draws
 from macrobatch.batch import Cut, Window
-from macrobatch.containers import is_opaque, leaves
 from macrobatch.coupling import coupled_layers
 from macrobatch.modules import modules_of, submodules
 from macrobatch.row_order import Applied, recorded_applications, refuse_other_orders
 from macrobatch.structure import Nested, join, map_tensors, split, tensors
 from macrobatch.substitution import Stage, held_tensors, substitute, unchanged
+from macrobatch.window_kind import kind_of
 from macrobatch.window_pass import Autocast, Recipe
 
 P = ParamSpec("P")
@@ -29,7 +28,6 @@ T = TypeVar("T")
 Rng = Literal["aligned"]
 Forward = Callable[[Any, Nested], Any]  # (model, micro-batch)
 
-PLAIN = (bool, int, float, str, bytes, type(None))
 MOST_KNOWN = 64  # windows of unlike shapes whose draws are remembered
 
 
@@ -128,7 +126,7 @@ class FullBatchRandom:
                 'rng="aligned" follows the random numbers of one device, and the model is spread over several: leave '
                 "rng out"
             )
-        kind = _kind(recipe, window)
+        kind = kind_of(recipe.everything, window)
         if kind not in self._known:
             if len(self._known) == MOST_KNOWN:
                 self._known.clear()
@@ -222,27 +220,6 @@ def _laid_out_like(whole: Tensor, part: Tensor) -> Tensor:
     for k in sorted(range(whole.ndim), key=lambda k: (part.stride(k), -k)):  # the innermost first
         strides[k], size = size, size * whole.shape[k]
     return whole.new_empty_strided(whole.shape, strides)
-
-
-def _kind(recipe: Recipe, window: Window) -> Hashable:
-    """Equal for windows whose full batches draw alike: all that a forward without numbers can depend on."""
-    batches = tuple(tuple((path, _described(leaf)) for path, leaf in leaves(part, "batch")) for part in window)
-    return torch.is_grad_enabled(), batches, tuple(map(_state, submodules(recipe.everything)))
-
-
-def _described(leaf: Any) -> Hashable:
-    if isinstance(leaf, Tensor):
-        return leaf.shape, () if is_opaque(leaf) else leaf.stride(), leaf.dtype, leaf.device
-    if isinstance(leaf, np.ndarray):
-        return leaf.shape, leaf.dtype.str, leaf.tobytes()
-    return (type(leaf), leaf) if isinstance(leaf, PLAIN) else object()  # equal to nothing: it may have changed
-
-
-def _state(module: nn.Module) -> Hashable:
-    """The mode, the probabilities, the counters of a module, and the shapes of its parameters."""
-    plain = tuple((name, value) for name, value in vars(module).items() if isinstance(value, PLAIN))
-    shapes = ((p.shape, p.stride()) for p in module._parameters.values() if p is not None)
-    return type(module), plain, tuple(shapes)
 
 
 def without_ddp(model: nn.Module | Sequence[nn.Module]) -> Any:
