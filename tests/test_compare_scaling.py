@@ -434,7 +434,7 @@ def test_on_digits_scaling_brings_the_loss_of_eight_times_the_batch_to_a_quarter
         assert scaled_loss <= unscaled_loss / 4
 
 
-@pytest.mark.parametrize(("name", "page_name"), [("scaling", "scaling_rules"), ("sharpness_seeds", "cli")])
+@pytest.mark.parametrize(("name", "page_name"), [("scaling", "scaling_rules"), ("sharpness_seeds", "compare")])
 def test_the_tables_of_the_docs_are_those_of_the_results(name: str, page_name: str) -> None:
     module = benchmark(name)
     found = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
