@@ -493,7 +493,8 @@ def test_of_several_sums_the_one_without_a_graph_is_named_and_no_gradient_is_lef
     model = regressor()
 
     def one_detached(m: nn.Module, b: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"first": mean_square(m, b), "second": mean_square(m, b).detach()}
+        loss_sum = mean_square(m, b) * len(b[0])
+        return {"first": loss_sum, "second": loss_sum.detach()}
 
     with pytest.raises(ValueError, match="the second does not depend on any trainable parameter"):
         run(one_detached, model=model, count=lambda b: {"first": len(b[0]), "second": len(b[0])})

@@ -21,6 +21,7 @@ from macrobatch.measuring import Measure, Measurement
 from macrobatch.modules import ddp_modules
 from macrobatch.moments import GradientMoments
 from macrobatch.recovery import Attempt
+from macrobatch.reductions import refuse_other_reduction
 from macrobatch.report import Report
 from macrobatch.seeds import Learned, Seeds
 from macrobatch.state import coupled_layer
@@ -69,6 +70,7 @@ class WindowPass:
         self._is_first = not learned.has_run
         self._tally = Tally()
         self._counts: dict[str, Count] | None = None
+        self._terms_each: dict[str, Count] | None = None  # on average, in a micro-batch
         self._seeds = Seeds(learned, self.ranks, recipe.unscaler)
         self._strays: StrayLeaves | None = None
         self._measurement = None if measure is None else Measurement(measure, self.ranks, self.home)
@@ -83,6 +85,7 @@ class WindowPass:
         if count is not None:
             self._counts, num_micro_batches = count_window(window, count, self.ranks, self.home)
             self._seeds.know_counts(self._counts, num_micro_batches)
+            self._terms_each = {name: total / max(num_micro_batches, 1) for name, total in self._counts.items()}
 
     def restart(self) -> None:
         """Nothing has been added up yet."""
@@ -106,8 +109,10 @@ class WindowPass:
                 note_call(error, "loss_fn", micro_batch)
             raise
         terms = terms_of(output, num_samples, self._counts is not None)
-        if self._is_first and terms.is_mean:
-            refuse_bare_token_mean(micro_batch)
+        if self._is_first:
+            if terms.is_mean:
+                refuse_bare_token_mean(micro_batch)
+            refuse_other_reduction(terms, num_samples, self._terms_each)
         return terms
 
     def forward_backward(self, reduction: GradientReduction, attempt: Attempt) -> None:

@@ -1,0 +1,247 @@
+"""A mean given as a sum, and a sum given as a mean, are refused; what is neither passes, and is right."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import clear, difference, gradients, reference
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import macrobatch as mb
+from macrobatch.reductions import reduction_of
+from macrobatch.weighting import valid_tokens
+
+Batch = dict[str, Tensor]
+
+generator = torch.Generator().manual_seed(0)
+SCORES = torch.randn(6, 4, dtype=torch.float64, generator=generator)
+LABELS = torch.randint(4, (6,), generator=generator)
+TARGETS = torch.rand(6, 4, dtype=torch.float64, generator=generator)
+SIGNS = TARGETS.sub(0.5).sign()
+CRITERIA: dict[str, tuple[Callable[..., nn.Module], tuple[Tensor, ...]]] = {
+    "cross-entropy": (nn.CrossEntropyLoss, (LABELS,)),
+    "cross-entropy with class weights": (
+        lambda **k: nn.CrossEntropyLoss(weight=torch.arange(1.0, 5.0).double(), **k),
+        (LABELS,),
+    ),
+    "negative log likelihood": (nn.NLLLoss, (LABELS,)),
+    "squared error": (nn.MSELoss, (TARGETS,)),
+    "smooth l1": (nn.SmoothL1Loss, (TARGETS,)),
+    "huber": (nn.HuberLoss, (TARGETS,)),
+    "binary cross-entropy": (nn.BCEWithLogitsLoss, (TARGETS,)),
+    "soft margin": (nn.SoftMarginLoss, (SIGNS,)),
+    "multi-margin": (nn.MultiMarginLoss, (LABELS,)),
+}
+COMPOSED: dict[str, tuple[Callable[..., nn.Module], tuple[Tensor, ...]]] = {
+    "absolute error": (nn.L1Loss, (TARGETS,)),
+    "poisson": (nn.PoissonNLLLoss, (TARGETS,)),
+    "multi-label": (nn.MultiLabelSoftMarginLoss, (TARGETS,)),
+    "triplet": (nn.TripletMarginLoss, (TARGETS, TARGETS.flip(0))),
+    "hinge": (nn.HingeEmbeddingLoss, (SIGNS,)),
+}
+
+
+def scores() -> Tensor:
+    return SCORES.clone().requires_grad_()
+
+
+@pytest.mark.parametrize("name", [*CRITERIA, *COMPOSED])
+def test_the_mean_of_a_criterion_is_known_as_one(name: str) -> None:
+    criterion, others = (CRITERIA | COMPOSED)[name]
+    assert reduction_of(criterion()(scores(), *others)) == "mean"
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_the_sum_of_a_criterion_is_known_as_one(name: str) -> None:
+    criterion, others = CRITERIA[name]
+    assert reduction_of(criterion(reduction="sum")(scores(), *others)) == "sum"
+
+
+@pytest.mark.parametrize("name", [*CRITERIA, *COMPOSED])
+def test_what_a_criterion_gives_unreduced_tells_nothing_once_it_is_summed(name: str) -> None:
+    criterion, others = (CRITERIA | COMPOSED)[name]
+    assert reduction_of(criterion(reduction="none")(scores(), *others).sum()) is None
+
+
+SAME: dict[str, Callable[[Tensor], Tensor]] = {
+    "itself": lambda loss: loss,
+    "in another dtype": lambda loss: loss.float(),
+    "reshaped": lambda loss: loss.reshape(1).squeeze(),
+    "the mean of one number": lambda loss: loss.reshape(1).mean(),
+    "cloned": lambda loss: loss.clone(),
+    "and another mean": lambda loss: loss + scores().mean((0, 1)) - scores().abs().mean(),
+    "and a number": lambda loss: loss + 3.0,
+    "a part of it": lambda loss: 0.1 * loss,
+    "a part of it, by a tensor": lambda loss: torch.tensor(0.1) * loss,
+    "divided once more": lambda loss: loss / 4,
+    "parts of two": lambda loss: 0.9 * loss + scores().abs().mean() / torch.tensor(2.0),
+    "with a constant tensor": lambda loss: loss + torch.ones(()),
+}
+
+
+@pytest.mark.parametrize("form", SAME)
+def test_a_mean_is_known_through_what_leaves_the_number_as_it_is(form: str) -> None:
+    assert reduction_of(SAME[form](scores().mean())) == "mean"
+
+
+OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a mean times the number of terms": lambda x: x.mean() * x.numel(),
+    "a mean divided by a part of one": lambda x: x.mean() / 0.5,
+    "a mean times a trained number": lambda x: x.mean() * torch.tensor(0.5, requires_grad=True),
+    "a mean by a trained number": lambda x: x.mean() / torch.tensor(2.0, requires_grad=True),
+    "something by a mean": lambda x: 4 / x.mean(),
+    "a part of a sum": lambda x: 0.5 * x.sum(),
+    "a part of a criterion's sum": lambda x: 0.5 * F.mse_loss(x, TARGETS, reduction="sum"),
+    "a criterion's sum by the number of samples": lambda x: F.mse_loss(x, TARGETS, reduction="sum") / len(x),
+    "a sum": lambda x: x.sum(),
+    "means of rows, summed": lambda x: x.mean(1).sum(),
+    "a sum and a mean": lambda x: F.mse_loss(x, TARGETS, reduction="sum") + x.mean(),
+    "a root of a mean": lambda x: x.square().mean().sqrt(),
+    "no graph": lambda x: x.detach().mean(),
+    "a leaf": lambda x: torch.ones((), requires_grad=True),
+    "a sum with a leaf in it": lambda x: x.mean() + torch.ones((), requires_grad=True),
+    "more summands than are followed": lambda x: sum((x.mean() for _ in range(300)), torch.zeros(())),
+}
+
+
+@pytest.mark.parametrize("form", OTHERS)
+def test_what_is_neither_for_sure_is_not_told(form: str) -> None:
+    assert reduction_of(OTHERS[form](scores())) is None
+
+
+def test_what_was_divided_by_the_number_of_its_terms_is_a_mean() -> None:
+    mask = TARGETS > 0.3
+    n = int(mask.sum())
+    for masked_mean in ((scores() * mask).sum() / mask.sum(), (scores() * mask).sum() / n):
+        assert reduction_of(masked_mean, n) == "mean"
+        assert reduction_of(masked_mean, n + 1) is None
+        assert reduction_of(masked_mean * n, n) is None
+        assert reduction_of(masked_mean) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the first window
+
+
+def batch(n: int = 7) -> Batch:
+    made = torch.Generator().manual_seed(n)
+    return {
+        "x": torch.randn(n, 3, generator=made, dtype=torch.float64),
+        "y": torch.randint(4, (n,), generator=made),
+        "mask": torch.tensor([1.0, 0.5, 1.0, 0.0] * n)[:n],
+    }
+
+
+def classifier() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(3, 4).double()
+
+
+def cross_entropy(model: nn.Module, b: Batch, reduction: str = "mean") -> Tensor:
+    return F.cross_entropy(model(b["x"]), b["y"], reduction=reduction)
+
+
+MISTAKES: dict[str, tuple[Callable[[nn.Module, Batch], Any], Any, str]] = {
+    "a mean for a sum": (
+        lambda m, b: (cross_entropy(m, b), len(b["y"])),
+        None,
+        "the loss is a mean, and stands for the sum over about 4 terms: its gradient would be that many times too",
+    ),
+    "a mean for a sum, as a Loss": (
+        lambda m, b: mb.Loss(cross_entropy(m, b), torch.tensor(len(b["y"]))),
+        None,
+        'Return the sum .reduction="sum", or mean \\* n. beside the number of terms n',
+    ),
+    "two means for a sum": (
+        lambda m, b: (cross_entropy(m, b) + m(b["x"]).square().mean(), valid_tokens(b["y"])),
+        None,
+        "the loss is a mean",
+    ),
+    "a mean over a mask for a sum": (
+        lambda m, b: ((m(b["x"])[:, 0].square() * b["mask"]).sum() / b["mask"].sum(), b["mask"].sum()),
+        None,
+        "the loss is a mean, and stands for the sum over about 2.5 terms",
+    ),
+    "a mean where count= tells the number": (
+        lambda m, b: cross_entropy(m, b),
+        lambda b: len(b["y"]),
+        "the loss is a mean, and stands for the sum over about 3.5 terms",
+    ),
+    "one of two that count= tells": (
+        lambda m, b: {"policy": cross_entropy(m, b, "sum"), "kl": m(b["x"]).square().mean()},
+        lambda b: {"policy": len(b["y"]), "kl": b["x"].numel()},
+        "the kl is a mean, and stands for the sum over about 10.5 terms",
+    ),
+    "a sum for a mean": (
+        lambda m, b: cross_entropy(m, b, "sum"),
+        None,
+        r"mean over the 4 samples of the micro-batch, but it is the sum of a criterion with reduction=.sum.: its "
+        r"gradient would be that many times too large. Return \(loss_sum, number of terms\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_first_window_refuses(mistake: str) -> None:
+    loss_fn, count, message = MISTAKES[mistake]
+    model = classifier()
+    accumulator = mb.Accumulator(model, loss_fn, micro_batch_size=4, count=count)
+    with pytest.raises(ValueError, match=message):
+        accumulator.run(batch())
+    assert all(p.grad is None for p in model.parameters())
+
+
+RIGHT: dict[str, tuple[Callable[[nn.Module, Batch], Any], Any]] = {
+    "a mean": (lambda m, b: cross_entropy(m, b), None),
+    "a sum": (lambda m, b: (cross_entropy(m, b, "sum"), len(b["y"])), None),
+    "a sum by the number of samples": (lambda m, b: cross_entropy(m, b, "sum") / len(b["y"]), None),
+    "a mean times its terms": (lambda m, b: (cross_entropy(m, b) * len(b["y"]), len(b["y"])), None),
+    "a sum with count": (lambda m, b: cross_entropy(m, b, "sum"), lambda b: len(b["y"])),
+    "a criterion": (
+        lambda m, b: mb.sum_loss(nn.CrossEntropyLoss())(m(b["x"]), b["y"]),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("form", RIGHT)
+def test_what_is_right_passes_and_gives_the_gradient_of_the_full_batch(form: str) -> None:
+    loss_fn, count = RIGHT[form]
+    model = classifier()
+    expected = reference(model, lambda: cross_entropy(model, batch()))
+    mb.Accumulator(model, loss_fn, micro_batch_size=4, count=count).run(batch())
+    assert difference(gradients(model), expected) <= 1e-12
+
+
+def test_micro_batches_of_one_term_and_means_that_count_once_pass() -> None:
+    model = classifier()
+    expected = reference(model, lambda: cross_entropy(model, batch()))
+    for loss_fn in (
+        lambda m, b: (cross_entropy(m, b), len(b["y"])),
+        lambda m, b: (cross_entropy(m, b), 1),
+        lambda m, b: cross_entropy(m, b, "sum"),
+    ):
+        clear(model)
+        mb.Accumulator(model, loss_fn, micro_batch_size=1).run(batch())
+        assert difference(gradients(model), expected) <= 1e-12
+
+
+def test_control_the_mistakes_would_be_wrong_by_the_number_of_terms() -> None:
+    """What the check keeps from training: hidden from it by an operation that it does not follow."""
+    model = classifier()
+    expected = reference(model, lambda: cross_entropy(model, batch(8)))
+    for loss_fn, factor in (
+        (lambda m, b: (cross_entropy(m, b).neg().neg(), len(b["y"])), 1 / 4),
+        (lambda m, b: cross_entropy(m, b, "sum").neg().neg(), 4),
+    ):
+        clear(model)
+        mb.Accumulator(model, loss_fn, micro_batch_size=4).run(batch(8))
+        assert difference(gradients(model), [None if g is None else g * factor for g in expected]) <= 1e-12
+
+
+def test_known_limit_what_an_operation_hides_is_not_seen() -> None:
+    smoothed = F.cross_entropy(scores(), LABELS, label_smoothing=0.1)
+    assert reduction_of(smoothed) is None
+    assert reduction_of(1.5 * scores().mean()) is None
