@@ -41,7 +41,7 @@ LEVELS = (
     ),
     ("samples",),
     ("structure", "memory", "substitution", "batch_tradeoff"),
-    ("devices",),
+    ("devices", "autocasting"),
     ("state",),
     # normalising over a window: decision 0004
     ("strands", "offload", "norm_calls", "norm_conversion", "coupling", "joint_norm"),
@@ -49,6 +49,7 @@ LEVELS = (
     ("lockstep",),
     ("batch", "budget", "prediction", "gathering", "replay", "aligned_random"),
     ("weighting", "recording", "size_plans", "row_order", "window_kind"),
+    ("sums",),
     ("criteria", "tally", "reductions", "rehearsal", "update_memory"),
     ("report",),
     ("recovery", "measuring", "seeds", "moment_average"),
@@ -56,9 +57,10 @@ LEVELS = (
     ("fitting", "auto_size"),
     # What a size needs is known before anything runs, so it stands below what runs: decision 0002.
     ("checkpointing",),
-    ("arguments",),
+    ("arguments", "recipe"),
     ("planning",),
     ("searching", "grouping"),
+    ("intake",),
     ("scheduled_batches",),
     # L1 mechanism
     ("window_pass",),

@@ -11,26 +11,27 @@ gradient of the sum over the effective batch. Only then are they divided, once, 
 For a mean over samples whose number is known beforehand the seed is 1 / total itself, and the last line is left out.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from macrobatch import arguments, structure
 from macrobatch.auto_size import AutoSize, refuse_coupled
+from macrobatch.autocasting import Autocast, LossFn
 from macrobatch.batch import Cut, NumSamples, Window
 from macrobatch.budget import check_max_memory
 from macrobatch.coupling import CHOICES
-from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks
+from macrobatch.distributed import AUTO, GradientReduction, GroupChoice
 from macrobatch.engine import direct_engine
 from macrobatch.gradients import WindowGradients, multiply_
-from macrobatch.grouping import Windows
+from macrobatch.intake import agree_on_window, refuse_loader, window_of
 from macrobatch.measuring import Measure, check_measure
 from macrobatch.modules import Frozen, modules_of, submodules, trainable, trainable_of
+from macrobatch.recipe import Recipe
 from macrobatch.recovery import Recovery, RunAgain
 from macrobatch.report import Report
 from macrobatch.searching import begin_search
@@ -40,10 +41,7 @@ from macrobatch.structure import Nested
 from macrobatch.tally import CountFn
 from macrobatch.unscaling import Unscaler
 from macrobatch.ways import BatchNorm, Running, warn_of_coupling, way_of
-from macrobatch.window_pass import Autocast, LossFn, Recipe, WindowPass
-
-NO_BATCH = (DataLoader, Iterator, Windows)
-EMPTY = "the effective batch is empty: no rank has a sample. Skip empty batches before run"
+from macrobatch.window_pass import WindowPass
 
 
 class Accumulator:
@@ -142,7 +140,7 @@ class Accumulator:
             WindowGradients(self._modules, self._grad_dtype, add, apart, self._trainable(walked)) as gradients,
         ):
             pass_ = WindowPass(self._recipe, self._learned, gradients.parameters, self._measure)
-            window, everyone_runs = self._agree_on_window(batch, pass_.ranks)
+            window, everyone_runs = agree_on_window(self._window, batch, pass_.ranks)
             pass_.count(window)
             recovery = self._recovery(pass_, walked)
             overlaps = self._overlap and self._way.overlaps and bool(pass_.replicas) and gradients.match_parameters
@@ -187,7 +185,7 @@ class Accumulator:
         """The Report that `run` would give, without gradients; the model's mode (train or eval) stays the caller's."""
         with torch.no_grad(), self._way.around(self._everything, self._recipe.process_group):
             pass_ = WindowPass(self._recipe, self._learned, [p for m in self._modules for p in m.parameters()])
-            window, _ = self._agree_on_window(batch, pass_.ranks)
+            window, _ = agree_on_window(self._window, batch, pass_.ranks)
             pass_.count(window)
             with GradientReduction(pass_.replicas, pass_.ranks, overlaps=False, everyone_runs=False):
                 self._way.evaluate(window, pass_)
@@ -201,33 +199,8 @@ class Accumulator:
         slots = buffer_slots(self._everything) if walked is None else buffer_slots_of(walked)
         return Recovery(pass_.parameters, slots, self._beginnings, self._limit, pass_.device, self._cut)
 
-    def _agree_on_window(self, batch: Nested, ranks: Ranks) -> tuple[Window, bool]:
-        """The window to run, and whether every rank has a micro-batch. Bad input on one rank raises on all of them."""
-        if ranks.size == 1:
-            window = self._window(batch)
-            if next(window.sized(), None) is None:  # draws the first micro-batch
-                raise ValueError(EMPTY)
-            return window, True
-        error: Exception | None = None
-        window = Window([])
-        try:
-            window = self._window(batch)
-            has_one = next(window.sized(), None) is not None
-        except Exception as bad_input:
-            error, has_one = bad_input, False
-        failed, some_run, some_idle = ranks.any_of(error is not None, has_one, not has_one)
-        if failed:
-            raise error or RuntimeError("another rank could not make its window: see its error")
-        if not some_run:
-            raise ValueError(EMPTY)
-        return window, not some_idle
-
     def _window(self, batch: Nested) -> Window:
-        if not isinstance(batch, Window) and isinstance(batch, NO_BATCH):
-            raise ValueError(
-                f"run takes one effective batch at a time, got a {type(batch).__name__}: for batch in loader: "
-                "run(batch), or for window in windows(loader, accumulation_steps=8): run(window)"
-            )
+        refuse_loader(batch)
         if isinstance(self._limit, AutoSize):
             refuse_coupled(self._everything)
             if not self._limit.has_begun:
@@ -245,15 +218,7 @@ class Accumulator:
                     cut=self._cut,
                     num_samples=self._num_samples,
                 )
-        largest = self._limit.current
-        if isinstance(batch, Window):
-            return batch if largest is None else batch.cut(largest, cut=self._cut)
-        if largest is None or (self._limit.start is None and not isinstance(self._limit, AutoSize)):
-            raise ValueError(
-                f"micro_batch_size=None takes a Window, got a {type(batch).__name__}: give the Accumulator a "
-                "micro_batch_size to cut batches, or give run a Window([micro_batch, ...])"
-            )
-        return Window.of_parts(batch, largest, self._cut, self._num_samples)
+        return window_of(batch, self._limit, self._cut, self._num_samples)
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned on the way: sizes that fit and are fast, the seed. Plain numbers, for any checkpoint."""

@@ -5,7 +5,6 @@ and nothing is drawn. Then each micro-batch takes its rows, see `aligned_random`
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
@@ -14,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from macrobatch.aligned_random import AlignedRandom, Draws, recorded_draws
+from macrobatch.autocasting import entered
 from macrobatch.batch import Cut, Window
 from macrobatch.coupling import coupled_layers
 from macrobatch.modules import modules_of, submodules
+from macrobatch.recipe import Recipe
 from macrobatch.row_order import Applied, recorded_applications, refuse_other_orders
 from macrobatch.structure import Nested, join, map_tensors, split, tensors
 from macrobatch.substitution import Stage, held_tensors, substitute, unchanged
 from macrobatch.window_kind import kind_of
-from macrobatch.window_pass import Autocast, Recipe
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -226,10 +226,3 @@ def without_ddp(model: nn.Module | Sequence[nn.Module]) -> Any:
     """The model as one process has it: DDP would communicate in a forward that other ranks do not run."""
     inner = [m.module if isinstance(m, DistributedDataParallel) else m for m in modules_of(model)]
     return inner[0] if isinstance(model, nn.Module) else inner
-
-
-def entered(autocast: Autocast, device: torch.device) -> AbstractContextManager[Any]:
-    """The autocast that was asked for, to be entered."""
-    if isinstance(autocast, torch.dtype):
-        return torch.autocast(device.type, dtype=autocast)
-    return autocast or nullcontext()

@@ -15,6 +15,7 @@ from torch.nn.modules.loss import _Loss
 from torch.optim import Optimizer
 
 from macrobatch.auto_size import AutoSize
+from macrobatch.autocasting import Autocast
 from macrobatch.batch import Cut, NumSamples, check_size
 from macrobatch.callers import first_outside
 from macrobatch.distributed import AUTO, GroupChoice
@@ -22,7 +23,6 @@ from macrobatch.memory import known_device
 from macrobatch.signatures import check_callable, given
 from macrobatch.sizing import SizeLimit
 
-Autocast = torch.dtype | AbstractContextManager[Any] | None
 AUTOCAST_DTYPES = (torch.bfloat16, torch.float16)
 GRAD_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

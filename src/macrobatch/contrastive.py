@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from macrobatch.accumulator import NO_BATCH, Accumulator
+from macrobatch.accumulator import Accumulator
 from macrobatch.alignment import random_of, without_ddp
 from macrobatch.auto_size import AutoSize, refuse_coupled
+from macrobatch.autocasting import Autocast
 from macrobatch.batch import Cut, NumSamples, Window, cut_batch
 from macrobatch.coupling import GATHERED_CHOICES
 from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks
@@ -32,6 +33,7 @@ from macrobatch.gathered_options import check_batch_norm, check_budget, check_fu
 from macrobatch.gathered_window import GatheredRecipe, GatheredWindow
 from macrobatch.gradients import WindowGradients
 from macrobatch.graph_budget import SAMPLES, Needs, needs_of
+from macrobatch.intake import NO_BATCH, agree_on_window
 from macrobatch.measuring import Measure
 from macrobatch.modules import Frozen
 from macrobatch.rehearsal import Rehearsal
@@ -39,7 +41,7 @@ from macrobatch.replay import Replay
 from macrobatch.report import Report
 from macrobatch.sizing import SizeLimit
 from macrobatch.structure import Nested, map_tensors, tensors
-from macrobatch.window_pass import Autocast, WindowPass
+from macrobatch.window_pass import WindowPass
 
 logger = logging.getLogger("macrobatch")
 
@@ -126,7 +128,7 @@ class GatheredAccumulator(Accumulator):
         apart = self._measure is not None
         with Frozen(self._frozen), WindowGradients(self._modules, self._grad_dtype, add, apart) as gradients:
             pass_ = WindowPass(self._recipe, self._learned, gradients.parameters)
-            window, everyone_runs = self._agree_on_window(batch, pass_.ranks)
+            window, everyone_runs = agree_on_window(self._window, batch, pass_.ranks)
             recovery = self._recovery(pass_)
             with GradientReduction(pass_.replicas, pass_.ranks, False, everyone_runs) as reduction:
                 turn = GatheredWindow(self._gathered, pass_, recovery, reduction, self.keep_graphs)
@@ -151,7 +153,7 @@ class GatheredAccumulator(Accumulator):
         """The Report that `run` would give, without gradients; the model's mode (train or eval) stays the caller's."""
         with torch.no_grad():
             pass_ = WindowPass(self._recipe, self._learned, [p for m in self._modules for p in m.parameters()])
-            window, _ = self._agree_on_window(batch, pass_.ranks)
+            window, _ = agree_on_window(self._window, batch, pass_.ranks)
             recovery = self._recovery(pass_)
             with GradientReduction(pass_.replicas, pass_.ranks, False, False) as reduction:
                 turn = GatheredWindow(self._gathered, pass_, recovery, reduction, keep=0)

@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 
-from macrobatch.alignment import DrawnAnew, Random, Rows, entered
+from macrobatch.alignment import DrawnAnew, Random, Rows
+from macrobatch.autocasting import entered
 from macrobatch.batch import Window
 from macrobatch.call_notes import note_call
 from macrobatch.devices import on_device
 from macrobatch.distributed import GradientReduction
 from macrobatch.gathering import Outputs, joined, outputs_of
+from macrobatch.recipe import Recipe
 from macrobatch.recovery import Attempt, Recovery, is_out_of_memory
 from macrobatch.replay import Beginning, Replay
 from macrobatch.state import Beginnings
 from macrobatch.structure import Nested
-from macrobatch.window_pass import Recipe
 
 Encode = Callable[[Any, Nested], Nested]
 Forward = Callable[[Nested, int], tuple[Beginning, Outputs]]

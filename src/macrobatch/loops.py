@@ -19,7 +19,8 @@ from macrobatch.gradients import WindowGradients, multiply_, norm_of
 from macrobatch.memory import known_device
 from macrobatch.modules import ddp_modules, modules_of, name_of, submodules
 from macrobatch.structure import Nested
-from macrobatch.tally import CountFn, count_window, ratio
+from macrobatch.sums import ratio
+from macrobatch.tally import CountFn, count_window
 from macrobatch.weighting import LOSS
 
 Share = Any  # a number or a tensor of shape (), or {name: share} where count= names several

@@ -13,7 +13,7 @@ from macrobatch.devices import is_cuda
 from macrobatch.distributed import Ranks
 from macrobatch.gradients import norm_of
 from macrobatch.moments import GradientMoments
-from macrobatch.tally import as_scalar, ratio
+from macrobatch.sums import as_scalar, ratio
 from macrobatch.weighting import Count, known
 
 Measure = Literal["norms", "squares"]

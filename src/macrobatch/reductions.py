@@ -41,7 +41,7 @@ def refuse_other_reduction(terms: Terms, num_samples: int, counts: dict[str, Cou
             continue  # a sum without a count of its own, refused where it is divided
         number = known(given)
         number = num_samples if number is None else number
-        if number > 1 and reduction_of(loss, number) == "mean":
+        if number > 1 and reduction_of(loss) == "mean":
             raise ValueError(
                 f"the {name} is a mean, and stands for the sum over about {number:g} terms: its gradient would be that "
                 'many times too small. Return the sum (reduction="sum", or mean * n) beside the number of terms n, '
@@ -50,20 +50,21 @@ def refuse_other_reduction(terms: Terms, num_samples: int, counts: dict[str, Cou
             )
 
 
-def reduction_of(loss: Tensor, num_terms: float = math.nan) -> Reduction | None:
+def reduction_of(loss: Tensor) -> Reduction | None:
     """What the last operation of the graph of `loss`, of shape (), made of its terms; None where that does not tell.
 
-    A sum of means is a mean, and so is a part of one, as in 0.1 * mean, and what was divided by `num_terms`. `x.sum()`
-    may be anything, so only criteria with reduction="sum" are sums.
+    A sum of means is a mean, and so is a part of one, as in 0.1 * mean. `x.sum()` may be anything, so only criteria
+    with reduction="sum" are sums; `x.sum() / 2` may be half a sum as well as the mean of two terms.
 
+    >>> import torch
     >>> reduction_of(torch.ones(3, requires_grad=True).mean())
     'mean'
     """
-    kinds = set(_kinds(loss.grad_fn, num_terms))
+    kinds = set(_kinds(loss.grad_fn))
     return kinds.pop() if len(kinds) == 1 else None
 
 
-def _kinds(root: Node | None, num_terms: float) -> Iterator[Reduction | None]:
+def _kinds(root: Node | None) -> Iterator[Reduction | None]:
     """What each loss is whose sum is that of `root`."""
     waiting, seen = [(root, False)], 0  # and whether it is a part only: of a mean still a mean, of a sum no sum
     while waiting:
@@ -72,9 +73,8 @@ def _kinds(root: Node | None, num_terms: float) -> Iterator[Reduction | None]:
             yield None
             return
         operation = node.name().partition("Backward")[0]
-        is_mean = operation == "Mean" and getattr(node, "_saved_self_sym_numel", 2) > 1
         makes_smaller = _makes_smaller(node, operation)
-        if is_mean or (operation == "Div" and _number_in(node) == num_terms):
+        if operation == "Mean" and getattr(node, "_saved_self_sym_numel", 2) > 1:
             yield "mean"
         elif makes_smaller or operation in ("Add", "Sub", "Mean", *_SAME_NUMBER):
             children = [child for child, _ in node.next_functions if child is not None]  # others have no gradient
@@ -93,4 +93,7 @@ def _number_in(node: Node) -> float:
     """The size of the one number by which a loss is multiplied or divided; NaN if it is trained, or not on the CPU."""
     factors = [getattr(node, name, None) for name in ("_saved_other", "_saved_self")]
     numbers = [f for f in factors if isinstance(f, Tensor) and f.is_cpu and f.numel() == 1 and not f.requires_grad]
-    return abs(numbers[0].item()) if len(numbers) == 1 else math.nan
+    if len(numbers) != 1:
+        return math.nan
+    number: float = numbers[0].tolist()  # not item(): a dispatch mode sees that, and fails at a number of Python's
+    return abs(number)

@@ -6,7 +6,7 @@ as long as its operations take to be named. What it needs is counted as `memory.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
 from macrobatch import structure
+from macrobatch.autocasting import Autocast, entered
 from macrobatch.batch import Cut, NumSamples
 from macrobatch.leaves import StrayLeaves
 from macrobatch.modules import modules_of, submodules
@@ -42,7 +43,7 @@ class Rehearsal:
         loss_fn: Callable[[Any, Nested], Any],
         sample_batch: Nested,
         *,
-        autocast: torch.dtype | AbstractContextManager[Any] | None = None,
+        autocast: Autocast = None,
         frozen: Sequence[nn.Module] = (),
         grad_dtype: torch.dtype | None = None,
         device: torch.device | None = None,
@@ -143,7 +144,7 @@ class Rehearsal:
                 handle.remove()
 
     def _losses(self, micro_batch: Nested, num_samples: int) -> list[Tensor]:
-        with self._around_forward():
+        with entered(self._autocast, self.device):
             output = self._loss_fn(self._model, micro_batch)
         losses = list(_sums(output, num_samples))
         if not losses or not all(loss.requires_grad for loss in losses):
@@ -152,11 +153,6 @@ class Rehearsal:
                 "sample batch like those of training"
             )
         return losses
-
-    def _around_forward(self) -> AbstractContextManager[Any]:
-        if isinstance(self._autocast, torch.dtype):
-            return torch.autocast(self.device.type, self._autocast)
-        return self._autocast or nullcontext()
 
     def _now(self) -> float:
         if self.device.type == "cuda":

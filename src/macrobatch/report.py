@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from macrobatch.moments import GradientMoments
-from macrobatch.tally import Means, Record, as_scalar
+from macrobatch.sums import as_scalar
+from macrobatch.tally import Means, Record
 from macrobatch.weighting import Count
 
 

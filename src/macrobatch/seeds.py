@@ -17,7 +17,8 @@ from torch import Tensor
 
 from macrobatch.distributed import Ranks
 from macrobatch.gradients import LOW_PRECISION
-from macrobatch.tally import denominator, ratio
+from macrobatch.sums import ratio
+from macrobatch.tally import denominator
 from macrobatch.unscaling import Unscaler
 from macrobatch.weighting import Count, Terms
 

@@ -1,18 +1,16 @@
 """One window on its way: forward, backward with the seed, and in the end the totals, the factor and the Report."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from macrobatch.autocasting import under
 from macrobatch.batch import Window
 from macrobatch.call_notes import note_call
 from macrobatch.devices import CPU, device_of
-from macrobatch.distributed import GradientReduction, GroupChoice, Ranks, is_distributed
+from macrobatch.distributed import GradientReduction, Ranks, is_distributed
 from macrobatch.engine import backward
 from macrobatch.gradients import WindowGradients
 from macrobatch.leaves import StrayLeaves, has_nested_backward
@@ -20,34 +18,17 @@ from macrobatch.lockstep import Together
 from macrobatch.measuring import Measure, Measurement
 from macrobatch.modules import ddp_modules
 from macrobatch.moments import GradientMoments
+from macrobatch.recipe import Recipe
 from macrobatch.recovery import Attempt
 from macrobatch.reductions import refuse_other_reduction
 from macrobatch.report import Report
 from macrobatch.seeds import Learned, Seeds
 from macrobatch.state import coupled_layer
 from macrobatch.structure import Nested
-from macrobatch.tally import CountFn, Means, Tally, count_window, means_of
-from macrobatch.unscaling import Unscaler
+from macrobatch.tally import Means, Tally, count_window, means_of
 from macrobatch.weighting import LOSS, Count, Terms, checked_count, refuse_bare_token_mean, terms_of
 
-LossFn = Callable[[Any, Nested], Any]
 RunTogether = Callable[[Sequence[Callable[[], Terms]]], Together[Terms]]
-Autocast = torch.dtype | AbstractContextManager[Any] | None
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How every window of an accumulator is run."""
-
-    model: nn.Module | Sequence[nn.Module]
-    modules: list[nn.Module]  # whose parameters are trained
-    everything: list[nn.Module]  # and those that the loss passes through frozen
-    loss_fn: LossFn
-    count: CountFn | None
-    autocast: Autocast
-    unscaler: Unscaler
-    device: torch.device | None
-    process_group: GroupChoice
 
 
 class WindowPass:
@@ -66,7 +47,7 @@ class WindowPass:
         self.ranks = Ranks.of(recipe.process_group, self.replicas) if several else Ranks(None)
         self.device = recipe.device or device_of(parameters)
         self.home = self.device or parameters[0].device  # where sums are kept
-        self._loss_fn = _under(recipe.autocast, recipe.loss_fn, self.home)
+        self._loss_fn = under(recipe.autocast, recipe.loss_fn, self.home)
         self._is_first = not learned.has_run
         self._tally = Tally()
         self._counts: dict[str, Count] | None = None
@@ -267,15 +248,3 @@ def _refuse_detached(all_terms: Sequence[Terms]) -> None:
                     f"the {name} does not depend on any trainable parameter (it requires no gradient): was it "
                     "detached, or computed under torch.no_grad()? For a micro-batch without terms return (0, 0)"
                 ) from None
-
-
-def _under(autocast: Autocast, loss_fn: LossFn, device: torch.device) -> LossFn:
-    if autocast is None:
-        return loss_fn  # no context at all: two calls for each micro-batch less
-    context = torch.autocast(device.type, dtype=autocast) if isinstance(autocast, torch.dtype) else autocast
-
-    def under_autocast(model: Any, micro_batch: Nested) -> Any:
-        with context:
-            return loss_fn(model, micro_batch)
-
-    return under_autocast

@@ -9,10 +9,10 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from macrobatch import Accumulator, GatheredAccumulator, Window
+from macrobatch.autocasting import Autocast
 from macrobatch.measuring import Measure
 from macrobatch.structure import Nested
 from macrobatch.tasks import Task
-from macrobatch.window_pass import Autocast
 
 
 class Options(TypedDict, total=False):
