@@ -6,7 +6,7 @@ times too large. Neither shows in anything but a learning rate that seems wrong.
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -95,5 +95,5 @@ def _number_in(node: Node) -> float:
     numbers = [f for f in factors if isinstance(f, Tensor) and f.is_cpu and f.numel() == 1 and not f.requires_grad]
     if len(numbers) != 1:
         return math.nan
-    number: float = numbers[0].tolist()  # not item(): a dispatch mode sees that, and fails at a number of Python's
-    return abs(number)
+    number: Any = numbers[0].tolist()  # not item(): a dispatch mode sees that, and fails at a number of Python's
+    return abs(float(number))
