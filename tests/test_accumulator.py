@@ -447,6 +447,44 @@ def test_a_bare_token_mean_is_refused_and_the_exact_forms_are_shown() -> None:
         run(token_mean, tokens_and_labels(), tagger())
 
 
+def with_backward(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    mean_square(model, batch).backward()
+    return mean_square(model, batch)
+
+
+def with_zeroing(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    model.zero_grad()
+    return mean_square(model, batch)
+
+
+def with_zeroing_in_place(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    model.zero_grad(set_to_none=False)
+    return mean_square(model, batch)
+
+
+@pytest.mark.parametrize("loss_fn", [with_backward, with_zeroing, with_zeroing_in_place])
+def test_a_loss_fn_that_trains_is_refused(loss_fn: object) -> None:
+    model = regressor()
+    with pytest.raises(ValueError, match=r"the loss_fn changed the gradients of 4 of 4 parameters: did it call backw"):
+        run(loss_fn, model=model)
+    assert all(p.grad is None for p in model.parameters())
+    expected = reference(model, lambda: mean_square(model, points()))
+    run(mean_square, model=model)
+    assert difference(gradients(model), expected) <= 1e-12, "what failed has left nothing behind"
+
+
+def test_a_gradient_penalty_within_the_loss_is_no_change_of_gradients() -> None:
+    def penalised(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        inputs = batch[0].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)
+        return mean_square(model, batch) + slope.square().mean()
+
+    model = regressor()
+    expected = reference(model, lambda: penalised(model, points()))
+    run(penalised, model=model)
+    assert difference(gradients(model), expected) <= 1e-12
+
+
 def test_a_mean_over_samples_beside_ignore_labels_passes_when_said_explicitly() -> None:
     model, batch = tagger(), tokens_and_labels()
     run(lambda m, b: (m(b["tokens"]).square().mean() * len(b["tokens"]), len(b["tokens"])), batch, model)

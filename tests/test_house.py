@@ -33,6 +33,7 @@ LEVELS = (
         "leaves",
         "unscaling",
         "sizing",
+        "untouched",
         "storages",
         "signatures",
         "speed",

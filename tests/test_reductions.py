@@ -154,7 +154,7 @@ MISTAKES: dict[str, tuple[Callable[[nn.Module, Batch], Any], Any, str]] = {
     "a mean for a sum, as a Loss": (
         lambda m, b: mb.Loss(cross_entropy(m, b), torch.tensor(len(b["y"]))),
         None,
-        'Return the sum .reduction="sum", or mean \\* n. beside the number of terms n',
+        'Return the sum over the terms beside their number .reduction="sum", or mean \\* n and n.',
     ),
     "two means for a sum": (
         lambda m, b: (cross_entropy(m, b) + m(b["x"]).square().mean(), valid_tokens(b["y"])),
@@ -188,6 +188,104 @@ def test_the_first_window_refuses(mistake: str) -> None:
     with pytest.raises(ValueError, match=message):
         accumulator.run(batch())
     assert all(p.grad is None for p in model.parameters())
+
+
+def tokens(n: int = 7) -> Batch:
+    """Sequences of four tokens; the mask has other numbers of them in each."""
+    made = torch.Generator().manual_seed(n)
+    return {
+        "x": torch.randn(n, 4, 3, generator=made, dtype=torch.float64),
+        "y": torch.randint(1, 4, (n, 4), generator=made),
+        "mask": torch.arange(4) < torch.tensor([4, 4, 3, 2, 1, 1, 2])[:n, None],
+    }
+
+
+WEIGHTS = torch.tensor([1.0, 3.0, 0.5, 2.0], dtype=torch.float64)
+
+
+def token_entropy(model: nn.Module, b: Batch, labels: Tensor, **options: Any) -> Tensor:
+    return F.cross_entropy(model(b["x"]).transpose(1, 2), labels, **options)
+
+
+OVER_SOME: dict[str, tuple[Callable[[nn.Module, Batch], Any], str]] = {
+    "labels made in the loss_fn": (
+        lambda m, b: token_entropy(m, b, b["y"].masked_fill(~b["mask"], -100)),
+        r"a cross-entropy that leaves out \d+ of 16 labels, those that are -100: a mean over the others",
+    ),
+    "labels of padding that are not negative": (
+        lambda m, b: token_entropy(m, b, b["y"] * b["mask"], ignore_index=0),
+        r"leaves out \d+ of 16 labels, those that are 0: .* n = macrobatch.valid_tokens\(labels, ignore_index=0\)",
+    ),
+    "of two means one leaves out labels": (
+        lambda m, b: m(b["x"]).square().mean() + 0.5 * token_entropy(m, b, b["y"].masked_fill(~b["mask"], -100)),
+        "leaves out",
+    ),
+    "class weights": (
+        lambda m, b: token_entropy(m, b, b["y"], weight=WEIGHTS),
+        r"a cross-entropy with class weights, .* Return macrobatch.sum_loss\(criterion\)\(outputs, targets\)",
+    ),
+    "a selection": (
+        lambda m, b: F.cross_entropy(m(b["x"])[b["mask"]], b["y"][b["mask"]]),
+        r"a mean over \d+ terms of \d samples: not as many of each",
+    ),
+    "squares of a selection": (
+        lambda m, b: F.mse_loss(m(b["x"])[b["mask"]][:, 0], b["y"][b["mask"]].double()),
+        r"a mean over \d+ terms of \d samples",
+    ),
+    "the mean of a selection": (
+        lambda m, b: m(b["x"])[b["mask"]][:, 0].square().mean(),
+        r"Return the sum over the terms beside their number \(reduction=.sum., or mean \* n and n\) \(if a mean over",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", OVER_SOME)
+def test_a_bare_mean_over_other_terms_than_the_samples_is_refused(mistake: str) -> None:
+    loss_fn, message = OVER_SOME[mistake]
+    model = classifier()
+    with pytest.raises(ValueError, match="(?s)returned a bare scalar, which counts as a mean over samples.*" + message):
+        mb.Accumulator(model, loss_fn, micro_batch_size=4).run(tokens())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("mistake", OVER_SOME)
+def test_control_accumulated_such_a_mean_is_wrong(mistake: str) -> None:
+    loss_fn, _ = OVER_SOME[mistake]
+    model = classifier()
+    expected = reference(model, lambda: loss_fn(model, tokens()))
+    mb.Accumulator(model, lambda m, b: loss_fn(m, b).neg().neg(), micro_batch_size=4).run(tokens())
+    assert difference(gradients(model), expected) > 0.01
+
+
+SURE: dict[str, Callable[[nn.Module, Batch], Any]] = {
+    "tokens, all of them": lambda m, b: token_entropy(m, b, b["y"]),
+    "equal class weights": lambda m, b: token_entropy(m, b, b["y"], weight=torch.full((4,), 2.0).double()),
+    "features": lambda m, b: F.mse_loss(m(b["x"]), torch.zeros(len(b["x"]), 4, 4).double()),
+    "a mean and one over parameters": lambda m, b: token_entropy(m, b, b["y"]) + m.weight.square().mean(),
+    "what is meant to be averaged": lambda m, b: (
+        F.mse_loss(m.weight, torch.zeros(4, 3).double()) * len(b["x"]),
+        len(b["x"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", SURE)
+def test_a_bare_mean_over_as_many_terms_of_each_sample_passes(form: str) -> None:
+    model = classifier()
+
+    def full() -> Tensor:
+        loss = SURE[form](model, tokens())
+        return loss[0] / loss[1] if isinstance(loss, tuple) else loss
+
+    expected = reference(model, full)
+    mb.Accumulator(model, SURE[form], micro_batch_size=4).run(tokens())
+    assert difference(gradients(model), expected) <= 1e-12
+
+
+@pytest.mark.parametrize("mask", [torch.tensor([True, False]), torch.tensor([1.0, 0.0])])
+def test_valid_tokens_takes_no_mask(mask: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"integer labels that are not -100, got torch.*: of a mask take mask.sum\(\)"):
+        valid_tokens(mask)
 
 
 RIGHT: dict[str, tuple[Callable[[nn.Module, Batch], Any], Any]] = {

@@ -1,7 +1,8 @@
-"""Whether a loss is a mean or a sum, as far as the last operation of its graph tells, and the two ways to mix them up.
+"""What a loss is, as far as the last operations of its graph tell: a mean or a sum, and over how many terms.
 
-A mean given as a sum over n terms makes the update n times too small; a sum given as a mean over n samples makes it n
-times too large. Neither shows in anything but a learning rate that seems wrong.
+A mean given as a sum over n terms makes the update n times too small, a sum given as a mean over n samples n times too
+large, and a mean over fewer terms in one micro-batch than in another counts them unlike. None of this shows in
+anything but a learning rate that seems wrong.
 """
 
 import math
@@ -15,6 +16,9 @@ from macrobatch.weighting import LOSS, Count, Terms, known
 
 Reduction = Literal["mean", "sum"]
 
+_BARE = "the loss_fn returned a bare scalar, which counts as a mean over samples, but it is"
+_INSTEAD = 'Return the sum over the terms beside their number (reduction="sum", or mean * n and n)'
+_TRULY = "(if a mean over samples is meant all the same: return mean * num_samples, num_samples)"
 _SAME_NUMBER = ("ToCopy", "Clone", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Alias")
 _OF_CRITERIA: dict[int | None, Reduction] = {1: "mean", 2: "sum"}  # what torch's criteria call `reduction`
 _MOST_SUMMANDS = 100  # longer chains of additions are not followed
@@ -34,6 +38,7 @@ def refuse_other_reduction(terms: Terms, num_samples: int, counts: dict[str, Cou
                 "times too large. Return (loss_sum, number of terms), as macrobatch.sum_loss(criterion) does (if it "
                 "truly is a mean over samples: return mean * num_samples, num_samples)"
             )
+        refuse_mean_over_some(terms.sums[LOSS], num_samples)
         return
     for name, loss in terms.sums.items():
         given = terms.weight if counts is None else counts.get(name, counts.get(LOSS))
@@ -44,10 +49,61 @@ def refuse_other_reduction(terms: Terms, num_samples: int, counts: dict[str, Cou
         if number > 1 and reduction_of(loss) == "mean":
             raise ValueError(
                 f"the {name} is a mean, and stands for the sum over about {number:g} terms: its gradient would be that "
-                'many times too small. Return the sum (reduction="sum", or mean * n) beside the number of terms n, '
-                "or for a mean over samples the scalar alone; macrobatch.sum_loss(criterion) returns torch's criteria "
-                "as sums"
+                f"many times too small. {_INSTEAD}, or for a mean over samples the scalar alone; "
+                "macrobatch.sum_loss(criterion) returns torch's criteria as sums"
             )
+
+
+def refuse_mean_over_some(loss: Tensor, num_samples: int) -> None:
+    """ValueError if `loss`, of shape (), is a mean over terms that are not the same number for each sample.
+
+    Seen are class weights, ignored labels, and a number of terms that is no multiple of the samples.
+    """
+    operations = [operation for operation, _ in _last_operations(loss.grad_fn)]
+    for operation in operations:
+        if operation is not None and getattr(operation, "_saved_reduction", None) == 1:
+            _refuse_weighted_labels(operation)
+    num_terms = _num_terms(operations[0]) if len(operations) == 1 else None  # one of several may concern no samples
+    if num_terms is not None and num_terms % num_samples:
+        raise ValueError(
+            f"{_BARE} a mean over {num_terms} terms of {num_samples} samples: not as many of each. Where other "
+            f"micro-batches have other numbers, its gradient would be wrong. {_INSTEAD} {_TRULY}"
+        )
+
+
+def _refuse_weighted_labels(criterion: Any) -> None:
+    """ValueError if the mean of a cross-entropy leaves out labels, or weighs them by class."""
+    labels, weight = getattr(criterion, "_saved_target", None), getattr(criterion, "_saved_weight", None)
+    total = getattr(criterion, "_saved_total_weight", None)
+    if not isinstance(labels, Tensor) or not isinstance(total, Tensor) or labels.is_floating_point():
+        return
+    if weight is not None and bool((weight != weight[0]).any()):
+        raise ValueError(
+            f"{_BARE} a cross-entropy with class weights, whose mean divides by the weights of the labels: "
+            "accumulated, its gradient would be wrong. Return macrobatch.sum_loss(criterion)(outputs, targets), which "
+            f"gives the sum and those weights {_TRULY}"
+        )
+    ignored = int(getattr(criterion, "_saved_ignore_index", -100))
+    ignored -= 2**64 if ignored >= 2**63 else 0  # torch shows it without its sign
+    num_ignored = int((labels == ignored).sum())
+    if num_ignored:
+        raise ValueError(
+            f"{_BARE} a cross-entropy that leaves out {num_ignored} of {labels.numel()} labels, those that are "
+            f"{ignored}: a mean over the others, and accumulated, its gradient would be wrong. {_INSTEAD}, "
+            f"n = macrobatch.valid_tokens(labels, ignore_index={ignored}), as macrobatch.sum_loss(criterion)(outputs, "
+            f"targets) does {_TRULY}"
+        )
+
+
+def _num_terms(operation: Node | None) -> int | None:
+    """Over how many terms the operation averages; None if it does not, or does not tell."""
+    if operation is None or _kind(operation) != "mean":
+        return None
+    labels = getattr(operation, "_saved_target", None)
+    if operation.name().startswith("NllLoss") and isinstance(labels, Tensor):
+        return labels.numel()
+    outputs = getattr(operation, "_saved_self", None)
+    return outputs.numel() if isinstance(outputs, Tensor) else getattr(operation, "_saved_self_sym_numel", None)
 
 
 def reduction_of(loss: Tensor) -> Reduction | None:
@@ -60,28 +116,41 @@ def reduction_of(loss: Tensor) -> Reduction | None:
     >>> reduction_of(torch.ones(3, requires_grad=True).mean())
     'mean'
     """
-    kinds = set(_kinds(loss.grad_fn))
+    kinds = {
+        None if is_part and _kind(operation) == "sum" else _kind(operation)
+        for operation, is_part in _last_operations(loss.grad_fn)
+    }
     return kinds.pop() if len(kinds) == 1 else None
 
 
-def _kinds(root: Node | None) -> Iterator[Reduction | None]:
-    """What each loss is whose sum is that of `root`."""
-    waiting, seen = [(root, False)], 0  # and whether it is a part only: of a mean still a mean, of a sum no sum
+def _last_operations(root: Node | None) -> Iterator[tuple[Node | None, bool]]:
+    """The operations whose results are added up to that of `root`, and of which of them only a part is.
+
+    None, at last, where the graph is not followed any further.
+    """
+    waiting, seen = [(root, False)], 0
     while waiting:
         (node, is_part), seen = waiting.pop(), seen + 1
         if node is None or seen > _MOST_SUMMANDS:
-            yield None
+            yield None, is_part
             return
         operation = node.name().partition("Backward")[0]
         makes_smaller = _makes_smaller(node, operation)
-        if operation == "Mean" and getattr(node, "_saved_self_sym_numel", 2) > 1:
-            yield "mean"
-        elif makes_smaller or operation in ("Add", "Sub", "Mean", *_SAME_NUMBER):
+        if makes_smaller or operation in ("Add", "Sub", *_SAME_NUMBER) or (operation == "Mean" and _is_of_one(node)):
             children = [child for child, _ in node.next_functions if child is not None]  # others have no gradient
             waiting += [(child, is_part or makes_smaller) for child in children]
         else:
-            kind = _OF_CRITERIA.get(getattr(node, "_saved_reduction", None))
-            yield None if kind == "sum" and is_part else kind
+            yield node, is_part
+
+
+def _kind(operation: Node | None) -> Reduction | None:
+    if operation is not None and operation.name().startswith("MeanBackward"):
+        return "mean"
+    return _OF_CRITERIA.get(getattr(operation, "_saved_reduction", None))
+
+
+def _is_of_one(mean: Node) -> bool:
+    return bool(getattr(mean, "_saved_self_sym_numel", 2) == 1)
 
 
 def _makes_smaller(node: Node, operation: str) -> bool:

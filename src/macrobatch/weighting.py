@@ -169,8 +169,15 @@ def valid_tokens(labels: Tensor, ignore_index: int = -100, shifted: bool = False
     `labels`: (..., T). `shifted=True`: the loss compares position t with label t + 1, as causal language models of
     transformers do inside, so the first label of each sequence is never predicted and does not count.
 
+    ValueError for what is no labels, but a mask: its own sum is the count.
+
     >>> valid_tokens(torch.tensor([[5, -100, 7], [5, 6, -100]]), shifted=True)
     tensor(2)
     """
+    if labels.dtype == torch.bool or labels.is_floating_point():
+        raise ValueError(
+            f"valid_tokens counts the integer labels that are not {ignore_index}, got {labels.dtype}: of a mask take "
+            "mask.sum(), of labels that are numbers (labels != ignored).sum()"
+        )
     counted = labels[..., 1:] if shifted else labels
     return (counted != ignore_index).sum()

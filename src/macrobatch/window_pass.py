@@ -26,6 +26,7 @@ from macrobatch.seeds import Learned, Seeds
 from macrobatch.state import coupled_layer
 from macrobatch.structure import Nested
 from macrobatch.tally import Means, Tally, count_window, means_of
+from macrobatch.untouched import leaving_gradients
 from macrobatch.weighting import LOSS, Count, Terms, checked_count, refuse_bare_token_mean, terms_of
 
 RunTogether = Callable[[Sequence[Callable[[], Terms]]], Together[Terms]]
@@ -83,17 +84,24 @@ class WindowPass:
     def _terms(self, micro_batch: Nested, num_samples: int) -> Terms:
         if num_samples == 0:
             raise ValueError("a micro-batch of the window holds no samples: leave it out")
+        if self._is_first:
+            return self._first_terms(micro_batch, num_samples)
+        output = self._loss_fn(self.recipe.model, micro_batch)
+        return terms_of(output, num_samples, self._counts is not None)
+
+    def _first_terms(self, micro_batch: Nested, num_samples: int) -> Terms:
+        """In the first window the loss is looked at more closely, so that what is wrong shows before it trains."""
         try:
-            output = self._loss_fn(self.recipe.model, micro_batch)
+            output = leaving_gradients(
+                partial(self._loss_fn, self.recipe.model, micro_batch), self.parameters, "loss_fn"
+            )
         except Exception as error:
-            if self._is_first:
-                note_call(error, "loss_fn", micro_batch)
+            note_call(error, "loss_fn", micro_batch)
             raise
         terms = terms_of(output, num_samples, self._counts is not None)
-        if self._is_first:
-            if terms.is_mean:
-                refuse_bare_token_mean(micro_batch)
-            refuse_other_reduction(terms, num_samples, self._terms_each)
+        if terms.is_mean:
+            refuse_bare_token_mean(micro_batch)
+        refuse_other_reduction(terms, num_samples, self._terms_each)
         return terms
 
     def forward_backward(self, reduction: GradientReduction, attempt: Attempt) -> None:
