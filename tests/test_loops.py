@@ -1,5 +1,6 @@
 """`accumulate`: loops that own forward and backward get each micro-batch's share, and an error when they stop early."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from test_accumulator import (
 from torch.nn import functional as F
 
 import macrobatch as mb
+from macrobatch import loops
+from macrobatch.distributed import GradientReduction
 
 
 def test_shares_of_counted_tokens_give_the_full_batchs_gradient() -> None:
@@ -92,6 +95,164 @@ def test_an_exception_passes_through_and_gradients_are_as_before() -> None:
     with pytest.raises(ZeroDivisionError):
         run_loop(model, batch, "raise")
     assert all(p.grad is None for p in model.parameters())
+
+
+def walk(context: mb.accumulate, model: torch.nn.Module, leaves_after: int | None = None) -> None:
+    """The loop over a regressor's window, left by a break after so many steps."""
+    with context as steps:
+        for index, ((x, y), share) in enumerate(steps, 1):
+            (F.mse_loss(model(x), y, reduction="sum") * share).backward()
+            if index == leaves_after:
+                break
+
+
+def test_a_context_that_is_entered_again_sees_again_whether_its_loop_was_left_early() -> None:
+    model, batch = regressor(), points()
+    expected = reference(model, lambda: mean_square(model, batch))
+    again = mb.accumulate(mb.Window([batch]).cut(4), model)
+    for _ in range(2):
+        walk(again, model)
+        assert difference(gradients(model), expected) <= 1e-12
+        clear(model)
+        with pytest.raises(RuntimeError, match="the loop over the window was left early"):
+            walk(again, model, leaves_after=2)
+        assert all(p.grad is None for p in model.parameters())
+
+
+def failing(*_: object) -> None:
+    raise OSError("a cable fell out")
+
+
+@pytest.mark.parametrize("place", ["entering", "reducing", "dividing"])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_an_error_at_the_edge_of_the_block_leaves_gradients_and_their_dtype_as_before(
+    place: str, zeros: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (x, y) = regressor().bfloat16(), points()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if zeros else None
+    before = [(p.grad, getattr(p, "grad_dtype", None)) for p in model.parameters()]
+    window = mb.Window([(x.bfloat16(), y.bfloat16())])
+    inside = []
+
+    def run() -> None:
+        with mb.accumulate(window, model) as steps:
+            for micro_batch, share in steps:
+                (mean_square(model, micro_batch) * share).backward()
+                inside.extend(p.grad.dtype for p in model.parameters())
+
+    with monkeypatch.context() as patched:
+        target, name = {
+            "entering": (GradientReduction, "__enter__"),
+            "reducing": (GradientReduction, "finish"),
+            "dividing": (loops, "multiply_"),
+        }[place]
+        patched.setattr(target, name, failing)
+        with pytest.raises(OSError, match="a cable fell out"):
+            run()
+    for p, (gradient, dtype) in zip(model.parameters(), before, strict=True):
+        assert p.grad is gradient
+        assert gradient is None or not gradient.any()
+        assert getattr(p, "grad_dtype", None) is dtype
+    if hasattr(torch.Tensor, "grad_dtype"):
+        assert set(inside) == ({torch.float32} if place != "entering" else set()), "control: it was another inside"
+    run()
+    assert all(p.grad.any() and p.grad.dtype == torch.bfloat16 for p in model.parameters())
+
+
+def broken(step: int, error: BaseException | None) -> None:
+    """A loop that raises `error` in a step, or forgets the share."""
+    model = regressor()
+    try:
+        with mb.accumulate(mb.Window([points()]).cut(11), model) as steps:
+            for index, (x, share) in enumerate(steps):
+                if index == step and error is not None:
+                    raise error
+                (model(x if error is None else x[0]).sum() * share).backward()
+    finally:
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_error_in_the_first_step_has_a_note_of_what_the_loop_is_given() -> None:
+    with pytest.raises(TypeError, match="must be Tensor, not tuple") as caught:
+        broken(0, None)
+    assert caught.value.__notes__ == [
+        "accumulate gives (micro_batch, share): for micro_batch, share in steps; here micro_batch is a tuple of "
+        f"(Tensor of shape (11, 5), Tensor of shape (11, 1)) and share is {1 / 22!r}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [(0, KeyboardInterrupt()), (0, torch.cuda.OutOfMemoryError("no memory left")), (1, ZeroDivisionError())],
+)
+def test_an_error_that_is_not_about_what_the_loop_is_given_has_no_note(step: int, error: BaseException) -> None:
+    with pytest.raises(type(error)) as caught:
+        broken(step, error)
+    assert not hasattr(caught.value, "__notes__")
+
+
+def test_what_accumulate_itself_refuses_after_the_first_step_has_no_note() -> None:
+    model, batch = regressor(), points()
+    with pytest.raises(ValueError, match="was changed inside the loop") as caught:
+        converted(model, batch, "step")
+    assert not hasattr(caught.value, "__notes__")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ignored labels without count=
+
+
+def summed(model: torch.nn.Module, window: mb.Window, **options: Any) -> list[torch.Tensor | None]:
+    """The gradient of a loop over the sums of a tagger's valid tokens."""
+    with mb.accumulate(window, model, **options) as steps:
+        for micro_batch, share in steps:
+            (token_sum(model, micro_batch)[0] * share).backward()
+    found = gradients(model)
+    clear(model)
+    return found
+
+
+def test_samples_that_count_beside_ignored_labels_are_warned_of_at_the_users_line() -> None:
+    model, batch = tagger(), tokens_and_labels()
+    expected, window = reference(model, lambda: token_mean(model, batch)), mb.Window(parts(batch, [4, 9]))
+    message = (
+        r"no count=, .* batch\['labels'\], of shape \(4, 7\), holds the ignore label -100.* "
+        r"Give count=lambda batch: macrobatch.valid_tokens\(batch\['labels'\]\) .* count=lambda batch: len\(batch\['lab"
+    )
+    with pytest.warns(UserWarning, match=message) as caught:
+        wrong = summed(model, window)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert difference(wrong, expected) > 0.1, "control: what is warned of is wrong"
+    counted = summed(
+        model, window, count=lambda batch: mb.valid_tokens(batch["labels"])
+    )  # no warning, or an error here
+    assert difference(counted, expected) <= 1e-12
+    assert difference(summed(model, window, count=lambda batch: len(batch["labels"])), wrong) == 0
+
+
+def test_the_warning_names_another_ignore_label_and_is_shown_once_for_each_line() -> None:
+    torch.manual_seed(0)
+    model, batch = torch.nn.Linear(3, 4), (torch.randn(6, 3), torch.tensor([1, -1, 2, -1, 0, 3]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            with mb.accumulate(mb.Window([batch]).cut(2), model) as steps:
+                for (x, y), share in steps:
+                    (F.cross_entropy(model(x), y, ignore_index=-1, reduction="sum") * share).backward()
+            clear(model)
+    (warning,) = caught
+    assert "count=lambda batch: macrobatch.valid_tokens(batch[1], ignore_index=-1) " in str(warning.message)
+
+
+def test_labels_on_a_device_are_not_read_which_is_a_limit() -> None:
+    labels = torch.full((4,), -100, device="meta")  # which has nothing that could be read
+    with pytest.raises(ZeroDivisionError), mb.accumulate(mb.Window([(points(4)[0], labels)]), regressor()):
+        raise ZeroDivisionError
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
 
 
 @pytest.mark.parametrize(

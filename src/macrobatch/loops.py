@@ -4,7 +4,9 @@ The same arithmetic as `Accumulator`, with the division up front: the total is c
 each backward runs on `loss_sum / total`. In float16 that may underflow; there use the Accumulator.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -13,15 +15,19 @@ from torch import Tensor, nn
 
 from macrobatch.arguments import check_count, check_group
 from macrobatch.batch import Window
+from macrobatch.call_notes import described
+from macrobatch.callers import first_outside
+from macrobatch.containers import leaves
 from macrobatch.devices import device_of, on_device
 from macrobatch.distributed import AUTO, GradientReduction, GroupChoice, Ranks
 from macrobatch.gradients import WindowGradients, multiply_, norm_of
 from macrobatch.memory import known_device
 from macrobatch.modules import ddp_modules, modules_of, name_of, submodules
+from macrobatch.recovery import is_out_of_memory
 from macrobatch.structure import Nested
 from macrobatch.sums import ratio
 from macrobatch.tally import CountFn, count_window
-from macrobatch.weighting import LOSS
+from macrobatch.weighting import LOSS, _ignore_label
 
 Share = Any  # a number or a tensor of shape (), or {name: share} where count= names several
 
@@ -31,9 +37,10 @@ class accumulate:
 
     After the block `p.grad` of the parameters of `model` (a module or several) is the gradient of the effective batch's
     mean. `count(micro_batch)` tells the number of loss terms, or `{name: number}`, and then `share` is `{name:
-    share}`; without it, samples count. DDP communicates once, in the last micro-batch. Leaving the loop early is a
-    RuntimeError; after any error gradients are as before. A ValueError: gradients left from before, an empty effective
-    batch, a step or a zero_grad of the model's own parameters inside the loop, and no gradient at its end.
+    share}`; without it, samples count, with a warning where labels are ignored: what your loss averages over is not
+    seen here. DDP communicates once, in the last micro-batch. Leaving the loop early is a RuntimeError; after any error
+    gradients are as before. A ValueError: gradients left from before, an empty effective batch, a step or a zero_grad
+    of the model's own parameters inside the loop, and no gradient at its end.
     """
 
     def __init__(
@@ -57,9 +64,10 @@ class accumulate:
         if process_group is not AUTO:
             check_group(process_group)
         self._process_group = process_group
-        self._finished = False
 
     def __enter__(self) -> Iterator[tuple[Nested, Share]]:
+        self._finished = False  # whether all its steps were run, this time
+        self._first: tuple[Nested, Share] | None = None  # what the loop was given, while it is in its first step
         replicas = ddp_modules(self._modules)
         self._ranks = Ranks.of(self._process_group, replicas)
         everyone_runs = self._ranks.all(len(self._window) > 0)
@@ -75,15 +83,19 @@ class accumulate:
             raise
         if num_micro_batches == 0:
             raise ValueError("the effective batch is empty: no rank has a sample. Skip empty windows")
+        if self._count is None:
+            _warn_of_ignored(self._window)
         _refuse_leftovers(self._gradients.parameters, self._modules)
-        self._gradients.__enter__()
         overlaps = self._gradients.match_parameters and everyone_runs
         self._reduction = GradientReduction(replicas, self._ranks, overlaps, everyone_runs)
-        self._reduction.__enter__()
         # DDP averages over ranks, so a share counts for all of them; what is summed is divided again at the end.
         shares = {name: ratio(float(self._ranks.size), total) for name, total in totals.items()}
         # Elsewhere a rank may rightly be without a gradient, and an error on it alone would leave the others waiting.
         self._expected = totals if self._ranks.size == 1 or (replicas and overlaps) else {}
+        with ExitStack() as contexts:  # left at once, with everything put back, if one of them cannot be entered
+            contexts.enter_context(self._gradients)
+            contexts.enter_context(self._reduction)
+            self._contexts = contexts.pop_all()
         return self._steps(shares if list(shares) != [LOSS] else shares[LOSS], device)
 
     def __iter__(self) -> NoReturn:
@@ -92,9 +104,11 @@ class accumulate:
 
     def _steps(self, share: Share, device: torch.device | None) -> Iterator[tuple[Nested, Share]]:
         watch = _Watch(self._modules, self._gradients.parameters)
-        for micro_batch, _, is_last in on_device(self._window.sized(), device):
+        for index, (micro_batch, _, is_last) in enumerate(on_device(self._window.sized(), device)):
             self._reduction.announce(is_last)
+            self._first = None if index else (micro_batch, share)
             yield micro_batch, share
+            self._first = None
             watch.refuse_changed_parameters()
             self._gradients.absorb()
             if not (is_last and self._reduction.is_communicating):  # DDP puts views of its buckets in their place
@@ -106,19 +120,21 @@ class accumulate:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        early = None
-        if kind is None and not self._finished:
-            kind = RuntimeError
-            early = RuntimeError("the loop over the window was left early: gradients are as before; run all its steps")
-        self._reduction.__exit__(kind, error, trace)
-        if kind is None:
+        first, self._first = self._first, None
+        if error is not None:
+            self._contexts.__exit__(kind, error, trace)
+            if first is not None:
+                _note_first_step(error, *first)
+            return
+        with self._contexts:
+            if not self._finished:
+                raise RuntimeError(
+                    "the loop over the window was left early: gradients are as before; run all its steps"
+                )
             sums = self._gradients.sums()
             for group, factor in self._reduction.finish(self._gradients.parameters, sums):
                 multiply_(group, factor / self._ranks.size)
             self._gradients.finish(sums)
-        self._gradients.__exit__(kind, error, trace)
-        if early is not None:
-            raise early
 
 
 class _Watch:
@@ -189,3 +205,33 @@ def _refuse_leftovers(parameters: Sequence[nn.Parameter], modules: Sequence[nn.M
         "to this window's. Call optimizer.zero_grad() after each optimizer.step(), and before the with block if "
         "something else ran backward"
     )
+
+
+def _note_first_step(error: BaseException, micro_batch: Nested, share: Share) -> None:
+    """`error`, of the loop's first step, has a note of what the loop is given; not if memory ran out."""
+    if isinstance(error, Exception) and not is_out_of_memory(error):
+        error.add_note(
+            "accumulate gives (micro_batch, share): for micro_batch, share in steps; here micro_batch is "
+            f"{described(micro_batch)} and share is {described(share)}"
+        )
+
+
+def _warn_of_ignored(window: Window) -> None:
+    """A UserWarning if the first micro-batch holds ignore labels, on the CPU: on a device that would be a host sync.
+
+    No error, as the Accumulator gives: a loss that is a mean within each sample is right here, and looks the same.
+    """
+    for path, leaf in leaves(next(iter(window), ()), "batch"):
+        label = _ignore_label(leaf) if isinstance(leaf, Tensor) and leaf.is_cpu else None
+        if label is None:
+            continue
+        ignored = "" if label == -100 else f", ignore_index={label}"
+        warnings.warn(
+            f"accumulate has no count=, so that the share is 1 / (number of samples), but {path}, of shape "
+            f"{tuple(leaf.shape)}, holds the ignore label {label}: the gradient of a sum over valid labels would be "
+            f"divided by another number than theirs. Give count=lambda batch: macrobatch.valid_tokens({path}{ignored}) "
+            "(with shifted=True where a causal LM shifts the labels inside), or, where each sample's loss is a mean of "
+            f"its own, count=lambda batch: len({path})",
+            stacklevel=first_outside(),  # python shows it once for each line
+        )
+        return
