@@ -95,7 +95,6 @@ class Accumulator:
         overlap: bool = True,
     ) -> None:
         arguments.check_loss_fn(loss_fn)
-        direct_engine()  # known before anything runs
         self.model = model
         self.loss_fn = loss_fn
         self._measure = check_measure(measure)
@@ -131,7 +130,7 @@ class Accumulator:
         calls it, with its own samples, or with `Window([])`. If it raises, gradients are as before.
         """
         if not self._learned.has_run:
-            self._warn_of_first()
+            self._look_first()
         apart = self._measure is not None
         walked = list(submodules(self._everything))  # anew for each window: nothing can go stale
         with (
@@ -166,8 +165,9 @@ class Accumulator:
         recovery.log()
         return report
 
-    def _warn_of_first(self) -> None:
+    def _look_first(self) -> None:
         """What shows only where gradients are wanted: a model in train mode, a backward without a scaler."""
+        direct_engine()  # known before anything runs
         if self._may_warn:
             warn_of_coupling(self._everything, self._choices)
         if self._unscaler.scaler is None:

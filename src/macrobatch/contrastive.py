@@ -124,7 +124,7 @@ class GatheredAccumulator(Accumulator):
         `batch` and `add`: as in `Accumulator.run`. Under a process group the loss is over the outputs of all ranks.
         """
         if not self._learned.has_run:
-            self._warn_of_first()
+            self._look_first()
         apart = self._measure is not None
         with Frozen(self._frozen), WindowGradients(self._modules, self._grad_dtype, add, apart) as gradients:
             pass_ = WindowPass(self._recipe, self._learned, gradients.parameters)

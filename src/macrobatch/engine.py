@@ -37,8 +37,9 @@ def direct_engine() -> Callable[..., Any] | None:
         return None
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            leaf = torch.ones((), requires_grad=True)
-            engine((2 * leaf,), (torch.tensor(3.0),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+            leaf = torch.ones((), requires_grad=True, device="cpu")  # whatever the default device is
+            seed = torch.tensor(3.0, device="cpu")
+            engine((2 * leaf,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True)
             return engine if leaf.grad is not None and float(leaf.grad) == 6.0 else None
     except Exception:  # another torch, other arguments
         return None

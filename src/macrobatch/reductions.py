@@ -165,4 +165,4 @@ def _number_in(node: Node) -> float:
     if len(numbers) != 1:
         return math.nan
     number: Any = numbers[0].tolist()  # not item(): a dispatch mode sees that, and fails at a number of Python's
-    return abs(float(number))
+    return float(abs(number))
