@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -757,3 +758,62 @@ def test_empty_gradients_are_not_left_over() -> None:
         return F.mse_loss(m[2](m[1](m[0](b[0]))), b[1])
 
     mb.Accumulator(model, loss_fn, micro_batch_size=8).run(batch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Limits
+
+
+def test_known_limit_a_hook_that_clamps_sees_micro_batches_and_one_that_scales_does_not_mind() -> None:
+    def off(hook: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        model = regressor()
+        model[0].weight.register_hook(hook)
+        expected = reference(model, lambda: mean_square(model, points()))
+        run(mean_square, model=model)
+        return difference(gradients(model), expected)
+
+    assert off(lambda g: g.clamp(-0.01, 0.01)) > 0.01
+    assert off(lambda g: g * 0.5) <= 1e-12
+
+
+def test_known_limit_spectral_norm_steps_once_for_each_micro_batch_and_is_exact_once_converged() -> None:
+    def off(steps: int) -> float:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(5, 8)), nn.Linear(8, 1)).double()
+        with torch.no_grad():
+            model[0].parametrizations.weight.original.normal_()  # as training moves it: the iteration is behind
+            for _ in range(steps):
+                model(points()[0])
+        start = {name: value.clone() for name, value in model.state_dict().items()}
+        expected = reference(model, lambda: mean_square(model, points()))
+        model.load_state_dict(start)
+        run(mean_square, model=model)
+        return difference(gradients(model), expected)
+
+    assert off(0) > 1e-4
+    assert off(500) <= 1e-9
+
+
+def test_known_limit_a_stray_leaf_is_looked_for_in_the_first_loss_alone() -> None:
+    temperature = torch.ones((), dtype=torch.float64, requires_grad=True)
+    calls: list[int] = []
+
+    def later(m: nn.Module, b: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        calls.append(0)
+        return mean_square(m, b) * (temperature if len(calls) > 1 else 1.0)
+
+    run(later)
+    with pytest.raises(ValueError, match="trainable tensor outside of the model: 'temperature'"):
+        run(lambda m, b: mean_square(m, b) * temperature)
+
+
+def test_known_limit_padding_that_shows_up_in_a_later_window_passes() -> None:
+    batch = tokens_and_labels()
+    whole = {key: value[:2] for key, value in batch.items()} | {"labels": batch["tokens"][:2]}
+    model = tagger()
+    accumulator = mb.Accumulator(model, token_mean, micro_batch_size=2)
+    accumulator.run(whole)
+    model.zero_grad()
+    accumulator.run(batch)
+    with pytest.raises(ValueError, match="mean over valid tokens"):
+        run(token_mean, batch, tagger())
