@@ -781,7 +781,7 @@ def test_known_limit_spectral_norm_steps_once_for_each_micro_batch_and_is_exact_
         torch.manual_seed(0)
         model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(5, 8)), nn.Linear(8, 1)).double()
         with torch.no_grad():
-            model[0].parametrizations.weight.original.normal_()  # as training moves it: the iteration is behind
+            model[0].parametrizations.weight.original.normal_()  # as training moves it, ahead of its power iteration
             for _ in range(steps):
                 model(points()[0])
         start = {name: value.clone() for name, value in model.state_dict().items()}

@@ -6,12 +6,14 @@ anything but a learning rate that seems wrong.
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from macrobatch.callers import first_outside
 from macrobatch.weighting import LOSS, Count, Terms, known
 
 Reduction = Literal["mean", "sum"]
@@ -24,84 +26,88 @@ _OF_CRITERIA: dict[int | None, Reduction] = {1: "mean", 2: "sum"}  # what torch'
 _MOST_SUMMANDS = 100  # longer chains of additions are not followed
 
 
-def refuse_other_reduction(terms: Terms, num_samples: int, counts: dict[str, Count] | None = None) -> None:
-    """ValueError if a mean was given where a sum is meant, or a sum where a mean is. `terms`: of one micro-batch.
+def warn_of_mixed_means(terms: Terms, num_samples: int, counts: dict[str, Count] | None = None) -> bool:
+    """Whether there was a reason for a UserWarning: the loss of a micro-batch is almost surely not what it counts as.
 
-    `counts`: how many terms each sum has on average, where the loss_fn did not tell. A count that lives on the device
-    is not read: a micro-batch of several samples then has several terms.
+    A warning and no error, because what was meant cannot be known for sure. `counts`: how many terms each sum has on
+    average, where the loss_fn did not tell.
     """
-    if terms.is_mean:
-        if num_samples > 1 and reduction_of(terms.sums[LOSS]) == "sum":
+    found = _of_bare_scalar(terms.sums[LOSS], num_samples) if terms.is_mean else _of_sums(terms, num_samples, counts)
+    if found is not None:
+        warnings.warn(found, stacklevel=first_outside())
+    return found is not None
+
+
+def refuse_ignored_labels(loss: Tensor) -> None:
+    """ValueError if `loss`, a bare scalar, is a cross-entropy that leaves out labels, wherever they were made."""
+    for criterion in _means_of_labels(loss):
+        labels: Tensor = criterion._saved_target
+        ignored = int(criterion._saved_ignore_index)
+        ignored -= 2**64 if ignored >= 2**63 else 0  # torch shows it without its sign
+        num_ignored = int((labels == ignored).sum())
+        if num_ignored:
             raise ValueError(
-                f"the loss_fn returned a bare scalar, which counts as a mean over the {num_samples} samples of the "
-                'micro-batch, but it is the sum of a criterion with reduction="sum": its gradient would be that many '
-                "times too large. Return (loss_sum, number of terms), as macrobatch.sum_loss(criterion) does (if it "
-                "truly is a mean over samples: return mean * num_samples, num_samples)"
+                f"{_BARE} a cross-entropy that leaves out {num_ignored} of {labels.numel()} labels, those that are "
+                f"{ignored}: a mean over the others, and accumulated, its gradient would be wrong. {_INSTEAD}, "
+                f"n = macrobatch.valid_tokens(labels, ignore_index={ignored}), as "
+                f"macrobatch.sum_loss(criterion)(outputs, targets) does {_TRULY}"
             )
-        refuse_mean_over_some(terms.sums[LOSS], num_samples)
-        return
+
+
+def _of_bare_scalar(loss: Tensor, num_samples: int) -> str | None:
+    if num_samples > 1 and reduction_of(loss) == "sum":
+        return (
+            f'{_BARE} the sum of a criterion with reduction="sum": with {num_samples} samples in a micro-batch its '
+            f"gradient is that many times too large. Return (loss_sum, number of terms), as "
+            f"macrobatch.sum_loss(criterion) does {_TRULY}"
+        )
+    for criterion in _means_of_labels(loss):
+        weight = criterion._saved_weight
+        if weight is not None and bool((weight != weight[0]).any()):
+            return (
+                f"{_BARE} a cross-entropy with class weights, whose mean divides by the weights of the labels: "
+                "accumulated, its gradient is wrong. Return macrobatch.sum_loss(criterion)(outputs, targets), which "
+                f"gives the sum and those weights {_TRULY}"
+            )
+    operations = [operation for operation, _ in _last_operations(loss.grad_fn)]
+    num_terms = _num_terms(operations[0]) if len(operations) == 1 else None  # one of several may concern no samples
+    if num_terms is None or num_terms % num_samples == 0:
+        return None
+    return (
+        f"{_BARE} a mean over {num_terms} terms of {num_samples} samples: not as many of each. Where another "
+        f"micro-batch has another number, the gradient is wrong. {_INSTEAD} {_TRULY}"
+    )
+
+
+def _of_sums(terms: Terms, num_samples: int, counts: dict[str, Count] | None) -> str | None:
     for name, loss in terms.sums.items():
         given = terms.weight if counts is None else counts.get(name, counts.get(LOSS))
         if given is None:
             continue  # a sum without a count of its own, refused where it is divided
         number = known(given)
-        number = num_samples if number is None else number
+        number = num_samples if number is None else number  # what lives on the device is not read
         if number > 1 and reduction_of(loss) == "mean":
-            raise ValueError(
-                f"the {name} is a mean, and stands for the sum over about {number:g} terms: its gradient would be that "
-                f"many times too small. {_INSTEAD}, or for a mean over samples the scalar alone; "
+            return (
+                f"the {name} is a mean, and stands for the sum over about {number:g} terms: its gradient is that many "
+                f"times too small. {_INSTEAD}, or for a mean over samples the scalar alone; "
                 "macrobatch.sum_loss(criterion) returns torch's criteria as sums"
             )
+    return None
 
 
-def refuse_mean_over_some(loss: Tensor, num_samples: int) -> None:
-    """ValueError if `loss`, of shape (), is a mean over terms that are not the same number for each sample.
-
-    Seen are class weights, ignored labels, and a number of terms that is no multiple of the samples.
-    """
-    operations = [operation for operation, _ in _last_operations(loss.grad_fn)]
-    for operation in operations:
-        if operation is not None and getattr(operation, "_saved_reduction", None) == 1:
-            _refuse_weighted_labels(operation)
-    num_terms = _num_terms(operations[0]) if len(operations) == 1 else None  # one of several may concern no samples
-    if num_terms is not None and num_terms % num_samples:
-        raise ValueError(
-            f"{_BARE} a mean over {num_terms} terms of {num_samples} samples: not as many of each. Where other "
-            f"micro-batches have other numbers, its gradient would be wrong. {_INSTEAD} {_TRULY}"
-        )
-
-
-def _refuse_weighted_labels(criterion: Any) -> None:
-    """ValueError if the mean of a cross-entropy leaves out labels, or weighs them by class."""
-    labels, weight = getattr(criterion, "_saved_target", None), getattr(criterion, "_saved_weight", None)
-    total = getattr(criterion, "_saved_total_weight", None)
-    if not isinstance(labels, Tensor) or not isinstance(total, Tensor) or labels.is_floating_point():
-        return
-    if weight is not None and bool((weight != weight[0]).any()):
-        raise ValueError(
-            f"{_BARE} a cross-entropy with class weights, whose mean divides by the weights of the labels: "
-            "accumulated, its gradient would be wrong. Return macrobatch.sum_loss(criterion)(outputs, targets), which "
-            f"gives the sum and those weights {_TRULY}"
-        )
-    ignored = int(getattr(criterion, "_saved_ignore_index", -100))
-    ignored -= 2**64 if ignored >= 2**63 else 0  # torch shows it without its sign
-    num_ignored = int((labels == ignored).sum())
-    if num_ignored:
-        raise ValueError(
-            f"{_BARE} a cross-entropy that leaves out {num_ignored} of {labels.numel()} labels, those that are "
-            f"{ignored}: a mean over the others, and accumulated, its gradient would be wrong. {_INSTEAD}, "
-            f"n = macrobatch.valid_tokens(labels, ignore_index={ignored}), as macrobatch.sum_loss(criterion)(outputs, "
-            f"targets) does {_TRULY}"
-        )
+def _means_of_labels(loss: Tensor) -> Iterator[Any]:
+    """The cross-entropies with reduction="mean" among the last operations of `loss`."""
+    for operation, _ in _last_operations(loss.grad_fn):
+        if operation is not None and operation.name().startswith("NllLoss") and _kind(operation) == "mean":
+            yield operation
 
 
 def _num_terms(operation: Node | None) -> int | None:
     """Over how many terms the operation averages; None if it does not, or does not tell."""
     if operation is None or _kind(operation) != "mean":
         return None
-    labels = getattr(operation, "_saved_target", None)
-    if operation.name().startswith("NllLoss") and isinstance(labels, Tensor):
-        return labels.numel()
+    if operation.name().startswith("NllLoss"):
+        return operation._saved_target.numel()  # type: ignore[attr-defined, no-any-return]
     outputs = getattr(operation, "_saved_self", None)
     return outputs.numel() if isinstance(outputs, Tensor) else getattr(operation, "_saved_self_sym_numel", None)
 

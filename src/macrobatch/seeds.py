@@ -31,6 +31,7 @@ class Learned:
     names: dict[bool, tuple[str, ...]] = field(default_factory=dict)
     exponent: int | None = None  # the unit is 2**-exponent, the same on every rank
     has_run: bool = False  # whether a window went through `run`: the first one is looked at more closely
+    has_warned: bool = False  # of a loss that is almost surely not what it counts as
     knows_leaves: bool = False  # whether a loss graph was searched for trainable tensors outside of the model
 
 

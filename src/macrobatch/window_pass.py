@@ -20,7 +20,7 @@ from macrobatch.modules import ddp_modules
 from macrobatch.moments import GradientMoments
 from macrobatch.recipe import Recipe
 from macrobatch.recovery import Attempt
-from macrobatch.reductions import refuse_other_reduction
+from macrobatch.reductions import refuse_ignored_labels, warn_of_mixed_means
 from macrobatch.report import Report
 from macrobatch.seeds import Learned, Seeds
 from macrobatch.state import coupled_layer
@@ -101,7 +101,9 @@ class WindowPass:
         terms = terms_of(output, num_samples, self._counts is not None)
         if terms.is_mean:
             refuse_bare_token_mean(micro_batch)
-        refuse_other_reduction(terms, num_samples, self._terms_each)
+            refuse_ignored_labels(terms.sums[LOSS])
+        if not self.learned.has_warned:
+            self.learned.has_warned = warn_of_mixed_means(terms, num_samples, self._terms_each)
         return terms
 
     def forward_backward(self, reduction: GradientReduction, attempt: Attempt) -> None:
