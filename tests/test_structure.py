@@ -1,5 +1,7 @@
 """A batch of any structure is cut along its batch dimension, nothing lost or copied; what cannot be cut is named."""
 
+import itertools
+import re
 import types
 from collections import OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -13,8 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 
+import macrobatch as mb
 from macrobatch.structure import cut, even_sizes, join, map_tensors, num_samples, split, tensors
 
 N = 8
@@ -340,8 +343,175 @@ def test_a_list_that_may_hold_images_or_crops_is_refused_rather_than_guessed() -
 
 def test_a_bare_list_of_records_is_refused_where_it_may_be_one_of_batches() -> None:
     assert num_samples([{"ids": rows(5)}, {"ids": rows(7)}]) == 2
-    with pytest.raises(ValueError, match=r"may hold 5 samples.* or 2, the length of a list"):
-        num_samples([{"ids": rows(5)}, {"ids": rows(5)}])
+    for count in (2, 5):
+        with pytest.raises(ValueError, match=rf"may hold 5 samples.* or {count}, the length of a list.*{WAY_OUT}"):
+            num_samples([{"ids": rows(5), "words": list("abcde")} for _ in range(count)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples that were never collated
+
+WAY_OUT = re.escape(
+    "uncollated samples are put together by torch.utils.data.default_collate(batch); to keep them a list give "
+    "cut=lambda batch, start, stop: batch[start:stop] and num_samples=len"
+)
+
+SAMPLES: dict[str, Callable[[Tensor, int], Any]] = {
+    "tuple with a number": lambda x, j: (x, j),
+    "tuple with a tensor without dimensions": lambda x, j: (x, torch.tensor(j)),
+    "tuple with a string": lambda x, j: (x, f"label {j}"),
+    "tuple with a label or none": lambda x, j: (x, j or None),
+    "tuple with a dict": lambda x, j: (x, {"boxes": x[:, None]}),
+    "tuple with a tuple": lambda x, j: ((x, j), j),
+    "tuple with an array": lambda x, j: (x.numpy(), j),
+    "image and token labels": lambda x, j: (x[:, None].expand(-1, 3), x.long()),
+    "named tuple": Pair,
+    "dataclass": lambda x, j: FrozenSample(x, x.long()),
+    "dict": lambda x, j: {"x": x, "y": j},
+    "list with a number": lambda x, j: [x, j],  # what DataLoader(pin_memory=True) makes of a tuple
+    "list with a tensor without dimensions": lambda x, j: [x, torch.tensor(j)],
+    "list with a list": lambda x, j: [[x, j], x.long()],
+}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_list_of_samples_of_unlike_length_is_cut_between_them(name: str, count: int) -> None:
+    batch = [SAMPLES[name](rows(length), j) for j, length in zip(range(count), (5, 2, 7, 4, 1, 3, 9), strict=False)]
+    if count > 1:
+        assert num_samples(batch) == count
+        assert same(cut(batch, 1, 2), batch[1:2])
+    parts = split(batch, [1] * count, n=count)
+    assert same(parts, [[sample] for sample in batch])
+    assert same(join(parts, [1] * count), batch)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 6])
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_list_of_samples_of_one_length_is_refused_rather_than_cut_through_them(name: str, count: int) -> None:
+    batch = [SAMPLES[name](rows(6), j) for j in range(count)]
+    with pytest.raises(ValueError, match=rf"may hold 6 samples.* or {count}, the length of a list.*{WAY_OUT}"):
+        num_samples(batch)
+    if count == 6:
+        with pytest.raises(ValueError, match=WAY_OUT):
+            split(batch, [2, 4])
+    else:
+        assert same(split(batch, [1, count - 1], n=count), [batch[:1], batch[1:]]), "a number that is given decides"
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_a_list_of_pairs_of_sequences_may_be_columns_or_samples_and_is_refused(count: int) -> None:
+    for kind in (list, tuple):
+        pairs = [kind((rows(5 + j), rows(3 + j))) for j in range(count)]
+        with pytest.raises(ValueError, match=rf"may hold 2 samples.* or {count}, the length of a list.*{WAY_OUT}"):
+            num_samples(pairs)
+    columns = [tuple(rows(3, 4 + j, 5) for j in range(count)), tuple(rows(2 + j, 4) for j in range(count))]
+    assert num_samples(columns) == count, "images and boxes: what zip(*samples) makes of them"
+    assert [len(column) for column in split(columns, [1] * count)[0]] == [1, 1]
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_tuple_of_samples_is_refused(kind: type) -> None:
+    for count in (2, 6):
+        with pytest.raises(ValueError, match=rf"may hold 6 samples.* or {count}, the length of a tuple.*{WAY_OUT}"):
+            num_samples(tuple(kind((rows(6), j)) for j in range(count)))
+    with pytest.raises(ValueError, match=rf"batch\[0\]\[0\] has shape \(5,\), batch\[1\].*{WAY_OUT}"):
+        num_samples(tuple(kind((rows(5 + j), j)) for j in range(3)))
+
+
+def test_what_the_default_collation_makes_of_nested_samples_is_cut_inside() -> None:
+    first, second = torch.ones(4), torch.zeros(4)
+    nested = [((first, second), (second, first)), [[first, 1], [second, 2]], ((first, "a"), (second, "b"))]
+    for sample, n in itertools.product(nested, (2, 3, 4)):
+        batch = default_collate([sample] * n)
+        parts = split(batch, [1] * n)
+        assert num_samples(batch) == n
+        assert all(len(t) == 1 for part in parts for t in tensors(part))
+        assert same(join(parts), batch)
+    views = ({"x": rows(4), "t": 0.5}, {"x": rows(4), "t": 1.0})
+    assert num_samples(views) == 4
+    flags = {"x": rows(3), "masks": (rows(2, 5), 0, rows(4, 5))}
+    assert [len(part["masks"]) for part in split(flags, [1, 2])] == [1, 2], "below the root a label is an element too"
+    assert num_samples(((rows(4), rows(4)), (rows(4), rows(4)))) == 4
+
+
+def test_states_below_the_root_keep_their_batch_dimension_inside() -> None:
+    batch = {"x": rows(4, 3), "states": [(rows(4, 2), rows(4, 2)), (rows(4, 2), rows(4, 2))]}
+    assert num_samples(batch) == 4
+    assert [t.shape[0] for t in tensors(split(batch, [1, 3])[1])] == [3] * 5
+
+
+def test_a_bare_list_of_images_of_unlike_size_holds_samples_also_where_they_are_as_many_as_channels() -> None:
+    for count in (1, 2, 3, 4):
+        images = [rows(3, 4 + j, 5) for j in range(count)]
+        if count > 1:
+            assert num_samples(images) == count
+            assert [len(part) for part in split(images, [1] * count)] == [1] * count
+
+
+def test_a_bare_list_of_videos_of_unlike_size_may_be_one_of_batches_of_crops_and_is_refused() -> None:
+    crops = [rows(8, 3, 4, 4), rows(8, 3, 4, 4), rows(8, 3, 2, 2)]
+    with pytest.raises(ValueError, match=rf"may hold 8 samples.* or 3, the length of a list.*{WAY_OUT}"):
+        num_samples(crops)
+    assert num_samples([crops, rows(8)]) == 8, "labels decide"
+    assert num_samples([rows(8, 3, 4, 4), rows(9, 3, 4, 4)]) == 2, "so do lengths"
+
+
+def test_limit_what_a_bare_list_or_tuple_of_tensors_holds_is_not_told_by_their_shapes() -> None:
+    assert num_samples([rows(3, 8, 8)] * 10) == 3, "images of one size look like ten inputs of three samples"
+    assert num_samples([rows(200, 4), rows(100, 4)]) == 2, "two batches of crops look like two sequences"
+    pairs = tuple((rows(5 + j), rows(3 + j)) for j in range(4))
+    assert num_samples(pairs) == 2, "a tuple is a record: here of four columns"
+    assert num_samples(({"x": rows(12), "y": 0}, {"x": rows(12), "y": 1})) == 12, "two dicts in a tuple are two views"
+    assert num_samples([[rows(12), rows(12)]] * 10) == 12, "the default collation makes such lists of lists"
+
+
+def token_loss(model: nn.Module, samples: list[tuple[Tensor, int]]) -> tuple[Tensor, int]:
+    """The sum over samples of a classification of each sequence by its mean, collated inside."""
+    pooled = torch.stack([model[0](ids).mean(0) for ids, _ in samples])
+    labels = torch.tensor([label for _, label in samples])
+    return nn.functional.cross_entropy(model[1](pooled), labels, reduction="sum"), len(samples)
+
+
+def gradients(model: nn.Module, loss: Tensor) -> Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("loader", [True, False])
+def test_a_list_of_pairs_gives_the_gradient_of_the_full_batch_or_says_how(alike: bool, loader: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 3)).double()
+    samples = [(torch.randint(20, (12 if alike else 3 + j,)), j % 3) for j in range(10)]
+    loss, count = token_loss(model, samples)
+    whole = gradients(model, loss / count)
+
+    def run(**options: Any) -> list[int]:
+        model.zero_grad()
+        accumulator = mb.Accumulator(model, token_loss, micro_batch_size=4, **options)
+        data = DataLoader(samples, batch_size=5, collate_fn=list)  # type: ignore[arg-type]
+        (window,) = mb.windows(data, accumulation_steps=2, **options) if loader else [samples]
+        return list(accumulator.run(window).micro_batch_sizes)
+
+    if alike:
+        with pytest.raises(ValueError, match=WAY_OUT):
+            run()
+    own = {"cut": lambda batch, start, stop: batch[start:stop], "num_samples": len} if alike else {}
+    assert run(**own) == ([3, 2, 3, 2] if loader else [4, 3, 3])
+    mine = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert (mine - whole).abs().max() <= 1e-12 * whole.abs().max()
+
+
+def test_control_a_cut_through_time_gives_another_gradient() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 3)).double()
+    samples = [(torch.randint(20, (12,)), j % 3) for j in range(10)]
+    loss, count = token_loss(model, samples)
+    whole = gradients(model, loss / count)
+    pieces = [[(ids[start : start + 4], label) for ids, label in samples] for start in (0, 4, 8)]
+    losses = [token_loss(model, piece) for piece in pieces]
+    other = gradients(model, sum(x for x, _ in losses) / sum(n for _, n in losses))  # type: ignore[arg-type]
+    assert (other - whole).norm() > 0.1 * whole.norm()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Nested containers of tensors: walked, mapped, and rebuilt with other contents, whatever those contents mean.
+"""Nested containers of tensors: walked, compared, mapped and rebuilt, whatever their contents mean.
 
 Containers are mappings, dataclasses, named tuples, lists and tuples; everything else is a leaf.
 """
@@ -121,3 +121,47 @@ def hides_tensors(leaf: Nested) -> bool:
     values = [*getattr(leaf, "__dict__", {}).values(), *(getattr(leaf, name) for name in slots)]
     elements = leaf if isinstance(leaf, PackedSequence | deque | Set) else ()
     return any(map(has_rows, [*values, *elements]))
+
+
+def first_dimensions(batch: Nested) -> Iterator[int]:
+    """The first dimensions of its tensors, each once."""
+    seen = set()
+    for _, leaf in leaves(batch):
+        if is_rows(leaf) and not is_opaque(leaf) and leaf.shape[0] not in seen:
+            seen.add(leaf.shape[0])
+            yield leaf.shape[0]
+
+
+def lists_within(node: Nested) -> Iterator[Nested]:
+    """The lists and tuples in `node`, itself apart, that may be lists of samples."""
+    for _, child in children(node) or ():
+        if type(child) is Tensor:  # most of them: this runs for every micro-batch
+            continue
+        if is_list(child):
+            yield child
+        yield from lists_within(child)
+
+
+def kind_of(item: Nested) -> object:
+    """What two samples have alike: dimensions and dtype of a tensor, the class of a container, None of other leaves."""
+    if is_rows(item):
+        return item.ndim, item.dtype
+    return None if children(item) is None else type(item)
+
+
+def are_of_one_kind(items: Nested) -> bool:
+    """Whether `items` are tensors of as many dimensions and of one dtype."""
+    return all(isinstance(x, Tensor) and (x.ndim, x.dtype) == (items[0].ndim, items[0].dtype) for x in items)
+
+
+def are_records(items: Nested) -> bool:
+    """Whether `items` is a list of mappings that have the same keys."""
+    return is_list(items) and all(isinstance(x, Mapping) and x.keys() == items[0].keys() for x in items) and bool(items)
+
+
+def are_entries(items: Nested) -> bool:
+    """Whether `items` are tuples, lists or dataclasses of one class, with as many contents of the same kinds."""
+    if any(children(x) is None or isinstance(x, Mapping) or type(x) is not type(items[0]) for x in items):
+        return False
+    kinds = [kind_of(x) for _, x in children(items[0]) or ()]
+    return all([kind_of(x) for _, x in children(entry) or ()] == kinds for entry in items)
