@@ -31,16 +31,27 @@ def save_noise(folder: Path, rows: Sequence[Mapping[str, Any]], found: "Findings
             figure.savefig(folder / f"noise.{suffix}", dpi=120)
 
 
+def whole(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The updates without those that are short because a pass over the data ends: one alone, smaller than before it."""
+    sizes = [row["batch_size"] for row in rows]
+    return [
+        row
+        for row, before, size, after in zip(rows, [0, *sizes], sizes, [*sizes[1:], math.inf], strict=False)
+        if not before > size < after
+    ]
+
+
 def _draw_course(axes: Axes, rows: Sequence[Mapping[str, Any]], found: "Findings") -> None:
     """The estimate where it is finite, its interval as a band, which goes to the edge where nothing bounds it."""
     known = [row for row in rows if row.get("noise_low", 0) > 0]
     axes.set(xlabel="samples of training", ylabel="samples", yscale="log")
     thousands(axes)
-    sizes = {row["batch_size"] for row in rows}
+    planned = whole(rows)
+    sizes = {row["batch_size"] for row in planned}
     if len(sizes) == 1 or not known:
         axes.axhline(found.batch_size, color=GREY, linestyle="--", linewidth=1.2, label="effective batch")
     else:
-        x, y = [row["samples"] for row in rows], [row["batch_size"] for row in rows]
+        x, y = [row["samples"] for row in planned], [row["batch_size"] for row in planned]
         axes.step(x, y, color=GREY, linestyle="--", linewidth=1.2, label="effective batch")
     if not known:
         axes.text(0.5, 0.7, "not known yet: train longer", transform=axes.transAxes, ha="center")

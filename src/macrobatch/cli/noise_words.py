@@ -7,6 +7,7 @@ from macrobatch.batch_tradeoff import counted, in_samples
 from macrobatch.cli.formats import number_text, seconds_text
 
 if TYPE_CHECKING:
+    from macrobatch import NoiseEstimate
     from macrobatch.cli.noise import Findings
 
 CLOSE = 1.1  # training that takes so much longer than the fastest is as good: times and noise are not known better
@@ -17,6 +18,23 @@ COUPLED = (
     "the others in it: its noise scale is not that of independent samples, and neither is what follows from it; take "
     "these numbers as a hint, of this micro-batch size only"
 )
+
+
+def watched(estimate: "NoiseEstimate | None", *, is_coupled: bool, num_skipped: int = 0) -> str:
+    """A line on the noise scale for the end of a training that was not about it; empty where it is not known.
+
+    `num_skipped`: updates without a finite gradient at the end of the run, after which it is not that of training.
+    """
+    if estimate is None or estimate.low == 0 or num_skipped:
+        return ""
+    interval = f"at least {counted(estimate.low)}"
+    if math.isfinite(estimate.high):
+        interval = f"between {in_samples(estimate.low)} and {counted(estimate.high)}"
+    hint = ", a hint only, because BatchNorm couples them" if is_coupled else ""
+    return (
+        f"The gradient noise scale is {interval} ({estimate.confidence:.0%}){hint}: macrobatch noise says what follows "
+        "from it, docs/noise.md how to read it"
+    )
 
 
 def recommendation(found: "Findings") -> list[str]:
