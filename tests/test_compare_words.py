@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
@@ -23,7 +24,7 @@ from test_compare_scaling import scaled, with_sharpness
 from macrobatch.cli import course_words, scale_words, words
 from macrobatch.cli.compare_options import CompareOptions
 from macrobatch.cli.comparer import Comparer
-from macrobatch.cli.comparison import Comparison, Course, NoisePoint
+from macrobatch.cli.comparison import Comparison, Course, Memory, NoisePoint
 from macrobatch.cli.estimates import Estimate
 from macrobatch.cli.figures import COUPLED_PLOTS, PLOTS, Plot, plots_of
 from macrobatch.cli.plots import STYLE, few_ticks, log_ticks
@@ -93,7 +94,9 @@ def test_the_small_batch_is_held_against_the_large_one_after_as_many_updates() -
         (1.005, 1.01, 1.015, 0.99, "took the same time"),
         (0.98, 1.00, 1.02, 1.00, "took the same time"),
         (0.97, 1.01, 1.05, 1.00, "do not tell: accumulation took between 0.97 and 1.05 times as long"),
-        (1.015, 1.02, 1.025, 1.04, "took 1.02 times as long"),  # clear, and the table would not be called the same
+        (1.015, 1.02, 1.025, 1.04, "took more than 1.01 times as long"),  # clear, but the table has another number
+        (0.83, 0.86, 0.88, 0.78, "took less than 0.88 of the time of"),
+        (0.83, 0.86, 0.88, 0.831, "took 0.86 times as long"),
         (0.93, 0.95, 0.97, 0.94, "took 0.95 times as long"),
         (0.91, 0.95, 0.99, 0.81, "took less than 0.99 of the time of"),  # the two disagree on how much, not on which
         (0.91, 0.95, 0.99, 1.20, "do not tell: accumulation took between 0.91 and 1.20"),
@@ -109,6 +112,30 @@ def test_the_words_on_time_say_what_holds_over_the_whole_interval_and_the_other_
     low: float, value: float, high: float, of_medians: float, said: str
 ) -> None:
     assert said in judged(Ratio(value, low, high, 31), of_medians, "").title
+
+
+def paced(ratios: Sequence[float]) -> Comparison:
+    """Accumulation at so many times the native batch's time: 1 s for the first 8 pairs, 2 s for the others."""
+    base, results = course(2.5, updates=16), comparison().results
+    native = [1.0] * 8 + [2.0] * 8
+    times = {"native": native, "accumulated": [r * t for r, t in zip(ratios, native, strict=True)]}
+    paced = {
+        key: replace(result, course=replace(base, window_seconds=times[key])) if key in times else result
+        for key, result in results.items()
+    }
+    return replace(comparison(), results=paced)
+
+
+def test_one_ratio_of_times_is_said_and_where_the_table_has_another_why() -> None:
+    agrees = words.findings(paced([0.86] * 16))[-1]
+    assert agrees.title.startswith("Accumulation took 0.86 times as long")
+    assert "is 0.86 (0.86 to 0.86, 95%), the median over pairs of effective batches." in agrees.text
+    assert "By the speeds of the table" not in agrees.text
+    # Three pairs of another ratio: no more of the median over pairs, but of medians of each way by itself.
+    other = words.findings(paced([0.86] * 8 + [0.5] * 3 + [0.86] * 5))[-1]
+    assert "is 0.86 (0.86 to 0.86, 95%)" in other.text
+    assert "By the speeds of the table it would be 0.50: these are medians of each way by itself" in other.text
+    assert other.title.startswith("Accumulation took less than 0.86 of the time of the native batch")
 
 
 def timed(ratios: Sequence[float]) -> Ratio:
@@ -187,6 +214,78 @@ def test_draws_that_bear_no_law_are_not_said_to_follow_one() -> None:
     few = comparison(variances={8: Estimate(0.8, 0.3), 64: Estimate(0.1, 0.3)})
     assert "How the variance of an update's gradient falls with the batch size, the draws do not tell" in text_of(few)
     assert "falls as one over" not in text_of(few)
+
+
+def test_the_law_of_the_variance_is_said_only_where_the_native_batch_bears_it_too() -> None:
+    law = "falls as one over the batch size"
+    assert law in text_of(comparison())
+    # The native batch has more than the small one, where 0.1 is expected.
+    up = replace(with_result("native", variance=Estimate(3.3, 0.3)), gradient_difference=0.84)
+    assert law not in text_of(up)
+    assert "The variance of an update's gradient does not fall as one over the batch size here" in text_of(up)
+    assert "becomes 0.125 ± 0.006 of what it was by accumulation, and 4.1 ± 0.4 by the native batch" in text_of(up)
+    assert "the native batch has another gradient" in text_of(up)
+    # Apart from accumulation, and from the law by less than is clear.
+    apart = with_result("native", variance=Estimate(0.105, 0.001))
+    noisy = replace(apart, variances={8: Estimate(0.8, 0.02), 64: Estimate(0.1, 0.001)})
+    assert "the draws do not tell" in text_of(noisy)
+    assert law not in text_of(noisy)
+
+
+@pytest.mark.parametrize(("of_large", "is_law"), [(0.1, True), (0.108, True), (0.1125, False), (0.0875, False)])
+def test_the_law_of_the_variance_is_within_two_standard_errors_of_the_ratio(of_large: float, is_law: bool) -> None:
+    of = comparison(variances={8: Estimate(0.8, 0.001), 64: Estimate(of_large, 0.005)})
+    assert ("falls as one over the batch size" in text_of(of)) is is_law
+
+
+def test_gradients_that_differ_stand_in_the_headline_and_nothing_is_called_equal_or_near() -> None:
+    of = comparison(gradient_difference=0.84)
+    titles = [found.title for found in words.findings(of)]
+    assert titles[0] == "Accumulation did not equal the native large batch here: their gradients differ by up to 84%"
+    for sentence in ("equals the native", "ended near", "is the same update", "is worth about"):
+        assert sentence not in text_of(of)
+    assert "gradients depend on how a batch is cut" in text_of(of)
+    both = replace(with_result("native", course=course(2.3, updates=16)), gradient_difference=0.84)
+    assert "their gradients differ by up to 84%, and its loss is 0.200 higher" in text_of(both)
+    # The controls: rounding; and a noise scale with dropout, whose samples do not see each other.
+    assert "equals the native large batch" in text_of(comparison(gradient_difference=9e-4))
+    assert "is worth about" in text_of(comparison(gradient_difference=0.84, noisy_layers=["Dropout"]))
+
+
+def test_what_is_in_no_prediction_is_said_where_it_is_seen() -> None:
+    def predicted(peak: int, more: int) -> str:
+        base = with_result("accumulated", memory=Memory(peak, True, peak - more))
+        return text_of(base)
+
+    said = "Not in them are copies of the state of the random numbers, 5.06 kB each"
+    assert said in predicted(25_600, 5_100)
+    assert said not in predicted(11_000_000, 5_100)  # a part that is not seen
+    assert said not in predicted(25_600, 20_000)  # more than they are
+    assert said not in predicted(25_600, -2_000)
+
+
+def test_the_state_of_the_random_numbers_is_as_large_as_is_said() -> None:
+    assert torch.get_rng_state().nbytes == words.RANDOM_STATE
+
+
+def test_the_noise_scale_along_a_run_that_broke_down_is_not_said() -> None:
+    points = [NoisePoint(128, 27.0, 27.0, 27.1), NoisePoint(1024, 27.0, 27.0, 27.1)]
+    base = scaled(2.2, noise=points)
+    made = base.results["scaled"].course
+    assert made is not None
+    broken = replace(base.results["scaled"], course=replace(made, skipped=3))
+    of = replace(base, results={**base.results, "scaled": broken})
+    assert "by the micro-batches of its windows" in scale_words.noise(base).text
+    assert "by the micro-batches of its windows" not in scale_words.noise(of).text
+    assert dict(rows(base))["noise scale, 95%"][-1] == "27 to 27"
+    assert dict(rows(of))["noise scale, 95%"][-1] == "-"
+    (plot,) = [each for each in PLOTS if each.name == "noise"]
+    assert [len(drawn(plot, each)[1].lines[0].get_xydata()) for each in (base, of)] == [2, 0]  # type: ignore[arg-type]
+
+
+def test_the_numbers_stand_before_the_words_in_the_page() -> None:
+    text = page(comparison(), words.findings(comparison()))
+    assert text.index("<table>") < text.index("What the numbers say") < text.index("The pictures")
 
 
 def test_a_noise_scale_whose_gradient_is_lost_is_known_from_below() -> None:

@@ -11,6 +11,8 @@ from macrobatch.cli.validation import Validation
 from macrobatch.cli.way import Key, Way
 from macrobatch.sharpness import Sharpness
 
+SAME_GRADIENT = 1e-3  # relative differences above it are no rounding: dropout's masks, statistics of a micro-batch
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -56,6 +58,11 @@ class Course:
     metrics_before: Mapping[str, float] = field(default_factory=dict)
     num_micro_batches: int = 0
     loss_as_left: float | None = None
+
+    @property
+    def broke_down(self) -> bool:
+        """Whether updates were skipped or the loss at the end is not finite."""
+        return self.skipped > 0 or not math.isfinite(self.final.loss)
 
     @property
     def seconds_per_update(self) -> float:
@@ -149,6 +156,11 @@ class Comparison:
     def is_coupled(self) -> bool:
         """Whether the loss compares the samples of an update: each size of it has another loss and gradient."""
         return "plain" in self.results
+
+    @property
+    def has_other_gradient(self) -> bool:
+        """Whether accumulation and native batch were seen to have gradients that differ by more than rounding."""
+        return self.gradient_difference is not None and self.gradient_difference > SAME_GRADIENT
 
     @property
     def is_predicted(self) -> bool:

@@ -105,7 +105,8 @@ def variance_by_size(axes: Axes, comparison: Comparison) -> None:
 def noise_over_samples(axes: Axes, comparison: Comparison) -> None:
     """The gradient noise scale along the run with the scaled rate, and where accumulation ended; and the batch size."""
     course = comparison.results["scaled"].course if "scaled" in comparison.results else None
-    points = [] if course is None else [point for point in course.noise if math.isfinite(point.noise_scale)]
+    watched = () if course is None or course.broke_down else course.noise
+    points = [point for point in watched if math.isfinite(point.noise_scale)]
     scales = [point.noise_scale for point in points]
     axes.plot([point.samples for point in points], scales, color=COLOR["scaled"], marker="^", markersize=4,
               label="lr scaled, by windows")  # fmt: skip

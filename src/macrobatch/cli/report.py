@@ -70,7 +70,7 @@ def _noise_scale(comparison: Comparison, result: Result) -> str:
     if result.way.key == "accumulated":
         least = least_noise_scale(comparison)
         return NONE if least is None else _between(least, math.inf)
-    if result.course is None or not result.course.noise:
+    if result.course is None or not result.course.noise or result.course.broke_down:
         return NONE
     return _between(result.course.noise[-1].low, result.course.noise[-1].high)
 

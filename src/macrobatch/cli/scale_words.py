@@ -114,7 +114,7 @@ def _why_not(comparison: Comparison) -> str:
     if comparison.is_coupled:
         return ""  # what is to be said is among the cautions
     scale, large = comparison.noise_scale, comparison.batch_size
-    is_known = comparison.coupling_layer is None and is_clear(comparison.gradient_squared)
+    is_known = not _is_hint(comparison) and is_clear(comparison.gradient_squared)
     if is_known and scale.value + 2 * scale.standard_error < large:
         return (
             "The rule is for updates whose gradient is mostly noise. Where accumulation ended, that of an update of "
@@ -131,7 +131,7 @@ def noise(comparison: Comparison) -> Finding:
     along = _along_the_way(comparison)
     if comparison.gradient_squared.value <= 0 or not is_clear(comparison.gradient_squared):
         return _noise_from_below(comparison, along)
-    if comparison.coupling_layer is not None:
+    if _is_hint(comparison):
         return _noise_as_a_hint(comparison, along)
     low, high = scale.value - 2 * scale.standard_error, scale.value + 2 * scale.standard_error
     if low > large:
@@ -156,24 +156,37 @@ def noise(comparison: Comparison) -> Finding:
 
 
 def _noise_as_a_hint(comparison: Comparison, along: str) -> Finding:
-    """The number, and why nothing is concluded from it, where a layer couples the samples of a micro-batch."""
+    """The number, and why nothing is concluded from it, where samples of a micro-batch see each other."""
     scale = comparison.noise_scale
     return Finding(
         _title_of_a_hint(comparison),
         f"By its formula it is {with_error(scale.value, scale.standard_error)} samples where accumulation ended. "
-        f"{along}{COUPLED}.",
+        f"{along}{_why_a_hint(comparison)}",
     )
+
+
+def _is_hint(comparison: Comparison) -> bool:
+    """Whether a sample's gradient depends on the others: by a layer, or by a loss that is no sum over samples."""
+    by_loss = comparison.has_other_gradient and not comparison.noisy_layers
+    return comparison.coupling_layer is not None or by_loss
 
 
 def _title_of_a_hint(comparison: Comparison) -> str:
     layer = comparison.coupling_layer
-    return f"What a larger batch is worth, the gradient noise scale does not tell here: {layer} couples samples"
+    why = "gradients depend on how a batch is cut" if layer is None else f"{layer} couples samples"
+    return f"What a larger batch is worth, the gradient noise scale does not tell here: {why}"
+
+
+def _why_a_hint(comparison: Comparison) -> str:
+    if comparison.coupling_layer is not None:
+        return f"{COUPLED}."
+    return "It is a number of losses that are sums over samples; this one has another gradient for each cut of a batch."
 
 
 def _noise_from_below(comparison: Comparison, along: str) -> Finding:
     """What is known where the mean gradient is not: that the noise scale is large."""
     large, least = comparison.batch_size, least_noise_scale(comparison)
-    is_hint = comparison.coupling_layer is not None
+    is_hint = _is_hint(comparison)
     lost = f"The mean gradient is lost in the noise of {comparison.draws} draws of {large} samples"
     if least is None:
         return Finding("The gradient noise scale is not known", f"{lost}. {along}")
@@ -183,7 +196,7 @@ def _noise_from_below(comparison: Comparison, along: str) -> Finding:
     elif least > large:
         title = f"Gradients are mostly noise, even of {large} samples"
     text = f"{lost}: the noise scale is more than {in_samples(least)} samples where accumulation ended. {along}"
-    return Finding(title, text + (f"{COUPLED}." if is_hint else ""))
+    return Finding(title, text + (_why_a_hint(comparison) if is_hint else ""))
 
 
 def least_noise_scale(comparison: Comparison) -> float | None:
@@ -197,7 +210,7 @@ def least_noise_scale(comparison: Comparison) -> float | None:
 
 def _along_the_way(comparison: Comparison) -> str:
     scaled = course_of(comparison, "scaled")
-    if scaled is None:
+    if scaled is None or scaled.broke_down:
         return ""
     known = [point for point in scaled.noise if math.isfinite(point.high)]
     if not known:

@@ -3,14 +3,16 @@
 from macrobatch.cli import coupled_words
 from macrobatch.cli.comparison import Comparison
 from macrobatch.cli.course_words import overfitting, past_best
-from macrobatch.cli.estimates import ratio_of
-from macrobatch.cli.finding import EQUAL_LOSS, Finding, accumulation, course_of, is_clear, loss_difference
-from macrobatch.cli.formats import bytes_text, number_text, share_text, with_error
+from macrobatch.cli.finding import EQUAL_LOSS, Finding, accumulation, course_of, loss_difference
+from macrobatch.cli.formats import bytes_text, number_text, share_text
 from macrobatch.cli.scale_words import noise, scaled_rate
 from macrobatch.cli.sharpness_words import sharpness
 from macrobatch.cli.speed_words import speed
+from macrobatch.cli.variance_words import variance
 
-SAME_GRADIENT = 1e-3  # relative differences above it are no rounding: dropout's masks, statistics of a micro-batch
+RANDOM_STATE = 5056  # bytes: what torch's random numbers on the CPU are drawn from
+COPIES = 3  # of it that a window may hold at once: where it began, where its micro-batch began, and what is there now
+NEAR = 0.05  # of a measured peak: a prediction that is further below it than this is explained
 
 
 def findings(comparison: Comparison) -> list[Finding]:
@@ -51,22 +53,19 @@ def equality(comparison: Comparison) -> Finding | None:
         else f" For the same {comparison.batch_size} samples at the same parameters their gradients differ by at most "
         f"{share_text(comparison.gradient_difference)} of their length."
     )
-    measured = comparison.gradient_difference
-    if abs(difference) <= EQUAL_LOSS and measured is not None and measured > SAME_GRADIENT:
-        title = f"{accumulation(comparison)} ended near the native large batch, by other updates"
+    name, apart = accumulation(comparison), []
+    if not abs(difference) <= EQUAL_LOSS:
+        apart.append(f"its loss is {abs(difference):.3f} {'lower' if difference < 0 else 'higher'}")
+    if comparison.has_other_gradient and comparison.gradient_difference is not None:
+        apart.insert(0, f"their gradients differ by up to {share_text(comparison.gradient_difference)}")
+    if apart:
+        title = f"{name} did not equal the native large batch here: {', and '.join(apart)}"
         return Finding(title, losses + gradients + _why_not_equal(comparison))
-    if abs(difference) <= EQUAL_LOSS:
-        reason = (
-            " It is the same update, computed in pieces: it cannot learn better or worse, "
-            "it only needs other memory and time."
-        )
-        title = f"{accumulation(comparison)} equals the native large batch; it does not beat it"
-        return Finding(title, losses + gradients + reason)
-    is_off = f"its loss is {abs(difference):.3f} {'lower' if difference < 0 else 'higher'}"
-    return Finding(
-        f"{accumulation(comparison)} did not equal the native large batch here: {is_off}",
-        losses + gradients + _why_not_equal(comparison),
+    reason = (
+        " It is the same update, computed in pieces: it cannot learn better or worse, "
+        "it only needs other memory and time."
     )
+    return Finding(f"{name} equals the native large batch; it does not beat it", losses + gradients + reason)
 
 
 def _statistics(comparison: Comparison) -> str:
@@ -94,7 +93,10 @@ def _why_not_equal(comparison: Comparison) -> str:
         return " The gradients agree, so rounding has grown along the way: a sign that this training is not stable."
     if comparison.is_coupled:
         return " Something in the model or the loss is random, or depends on how a batch is cut: look there first."
-    return " The loss of this task is not a sum over samples, or something in it is random: look there first."
+    return (
+        " The loss of this task is not a sum over samples, or something in it is random: look there first "
+        "(docs/weighting.md says what to return for which loss)."
+    )
 
 
 def memory(comparison: Comparison) -> Finding | None:
@@ -139,7 +141,26 @@ def _predictions(comparison: Comparison) -> str:
         for key, result in comparison.results.items()
         if (memory := result.memory).predicted_bytes is not None and key in ("accumulated", "native")
     ]
-    return f" Predicted before anything ran: {'; '.join(said)}." if said else ""
+    return f" Predicted before anything ran: {'; '.join(said)}.{_not_predicted(comparison)}" if said else ""
+
+
+def _not_predicted(comparison: Comparison) -> str:
+    """What is in no prediction, where training takes so little that it is seen."""
+    memories = [result.memory for result in comparison.results.values()]
+    more = [
+        (memory.peak_bytes - memory.predicted_bytes) / memory.peak_bytes
+        for memory in memories
+        if memory.peak_bytes
+        and memory.predicted_bytes is not None
+        and memory.fits
+        and 0 < memory.peak_bytes - memory.predicted_bytes <= COPIES * RANDOM_STATE
+    ]
+    if max(more, default=0.0) <= NEAR:
+        return ""
+    return (
+        f" Not in them are copies of the state of the random numbers, {bytes_text(RANDOM_STATE)} each and at most "
+        f"{COPIES} at once, from which a window can be run again: in a peak as small as this they are seen."
+    )
 
 
 # ------------------------------------------------------------------------------------------------ small batch
@@ -182,39 +203,3 @@ def _advice(comparison: Comparison) -> str:
         f"Where an update of {comparison.micro_batch_size} samples is enough, do not accumulate; accumulate where the "
         "recipe, its learning rate or the noise asks for the larger batch."
     )
-
-
-# ------------------------------------------------------------------------------------------------ variance and speed
-def variance(comparison: Comparison) -> Finding | None:
-    """Whether the variance of an update's gradient falls as 1/B."""
-    small_size, large_size = comparison.micro_batch_size, comparison.batch_size
-    small, large = comparison.variances.get(small_size), comparison.variances.get(large_size)
-    if small is None or large is None:
-        return None
-    measured, expected = ratio_of(large, small), comparison.expected_variance_ratio(large_size, small_size)
-    agrees, tells = not is_clear(measured, expected), is_clear(measured, 1.0)
-    native = comparison.results["native"].variance
-    same = (
-        ""
-        if native is None
-        else f" The native batch has {with_error(native.value, native.standard_error)}, accumulation "
-        f"{with_error(large.value, large.standard_error)}, on the same draws."
-    )
-    title = "The variance of an update's gradient does not fall as one over the batch size here"
-    if agrees:
-        title = "The variance of an update's gradient falls as one over the batch size"
-    if agrees and not tells:
-        title = "How the variance of an update's gradient falls with the batch size, the draws do not tell"
-    reason = "" if agrees else _why_not_one_over(comparison)
-    return Finding(
-        title,
-        f"From {small_size} to {large_size} samples it becomes {with_error(measured.value, measured.standard_error)} "
-        f"of what it was; expected is {expected:.4f} (1/{large_size / small_size:.3g}, corrected for drawing without "
-        f"replacement from {comparison.data_size:,}).{same}{reason}",
-    )
-
-
-def _why_not_one_over(comparison: Comparison) -> str:
-    if comparison.noisy_layers:
-        return f" Layers that see the whole micro-batch, or are random, add to it: {comparison.noisy_layers[0]}."
-    return " Either the terms of the loss are weighted unevenly over samples, or the draws are too few."
