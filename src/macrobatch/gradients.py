@@ -36,10 +36,9 @@ class WindowGradients:
         self._modules = modules
         self._final_dtype = grad_dtype
         self._add = add
-        single, usual = torch.float32, (None, torch.float32)
         candidates = self.parameters  # of which those in single precision, most of them, need no closer look:
         if grad_dtype is None:
-            candidates = [p for p in candidates if p.dtype is not single or getattr(p, "grad_dtype", None) not in usual]
+            candidates = [p for p in candidates if p.dtype is not torch.float32]
         self._widened = [p for p in candidates if _accumulation_dtype(p, grad_dtype) != gradient_dtype(p)]
         self._apart = self.parameters if apart else [] if HAS_GRAD_DTYPE else self._widened
         self.adds_up_itself = bool(self._apart)  # not autograd alone: `absorb` is needed
@@ -61,7 +60,7 @@ class WindowGradients:
             refuse_leftovers(self.parameters, self._modules)
         for p in self.parameters if self._add else self._widened:
             p.grad = None
-        self._dtypes = [gradient_dtype(p) for p in self._widened]
+        self._dtypes = [getattr(p, "grad_dtype", None) for p in self._widened]  # None: the user allows any
         if HAS_GRAD_DTYPE:
             for p in self._widened:
                 p.grad_dtype = _accumulation_dtype(p, self._final_dtype)
@@ -113,7 +112,8 @@ class WindowGradients:
     def finish(self, gradients: list[Tensor | None]) -> None:
         """`p.grad` is the given gradient in its final dtype, plus what was set aside; every setting is put back.
 
-        Empties `gradients` as it goes, so that the float32 sums and their casts never stand side by side.
+        Empties `gradients` as it goes, so that the float32 sums and their casts never stand side by side. What was set
+        aside stays as it is, for the case of an error on the way.
         """
         original = dict(zip(map(id, self._widened), self._dtypes, strict=True))
         for j, (p, before) in enumerate(zip(self.parameters, self._before, strict=True)):
@@ -135,7 +135,7 @@ def _plus(before: Tensor | None, gradient: Tensor | None) -> Tensor | None:
         return gradient if before is None else before
     if before.is_sparse or gradient.is_sparse:
         return before.to_dense() + gradient.to_dense()
-    return before.add_(gradient) if before.dtype == gradient.dtype else gradient.add_(before)
+    return gradient.add_(before)
 
 
 def shares_storage(gradient: Tensor | None) -> bool:
@@ -146,11 +146,11 @@ def shares_storage(gradient: Tensor | None) -> bool:
 
 
 def _accumulation_dtype(p: nn.Parameter, grad_dtype: torch.dtype | None) -> torch.dtype:
-    """What is asked for, else what the user set on the parameter, else at least float32."""
+    """What is asked for, though complex numbers stay complex; else what the user set on `p`; else at least float32."""
+    if grad_dtype is not None:
+        return torch.promote_types(grad_dtype, p.dtype) if p.is_complex() else grad_dtype
     own = gradient_dtype(p)
-    if grad_dtype is not None or own != p.dtype:
-        return grad_dtype or own
-    return torch.float32 if p.dtype in LOW_PRECISION else p.dtype
+    return torch.float32 if own == p.dtype and p.dtype in LOW_PRECISION else own
 
 
 def gradient_dtype(p: nn.Parameter) -> torch.dtype:
@@ -158,7 +158,7 @@ def gradient_dtype(p: nn.Parameter) -> torch.dtype:
     return getattr(p, "grad_dtype", None) or p.dtype
 
 
-def _set_grad_dtype(p: nn.Parameter, dtype: torch.dtype) -> None:
+def _set_grad_dtype(p: nn.Parameter, dtype: torch.dtype | None) -> None:
     if HAS_GRAD_DTYPE:
         p.grad_dtype = dtype
 

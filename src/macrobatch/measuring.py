@@ -45,7 +45,7 @@ class Measurement:
         self._norms: list[Count] = []  # ||r_j||
         self._weights: list[Count] = []  # W_j
         self._sizes: list[int] = []  # n_j
-        self._squares: list[Tensor | None] = []  # sum_j r_j^2 / W_j, parameter by parameter
+        self._squares: list[Tensor | None] = []  # sum_j |r_j|^2 / W_j, parameter by parameter
 
     def add(self, gradients: Gradients, weight: Count, num_samples: int) -> None:
         """The gradients of one micro-batch of `weight` loss terms and `num_samples` samples are measured."""
@@ -62,7 +62,7 @@ class Measurement:
         share = ratio(1.0, weight)
         for j, g in enumerate(gradients):
             if g is not None:
-                square = (g.to_dense() if g.is_sparse else g).square().mul_(share)
+                square = _squared(g.to_dense() if g.is_sparse else g).mul_(share)
                 total = sums[j]
                 sums[j] = square if total is None else total.add_(square)
         self._squares = sums
@@ -85,7 +85,7 @@ class Measurement:
     def mean_squares(
         self, factor: float | Tensor, loss_scale: Tensor, gradients: Gradients
     ) -> tuple[Tensor | None, ...] | None:
-        """sum_j w_j g_j^2 over all ranks, elementwise, parameter by parameter; None where there is no gradient."""
+        """sum_j w_j |g_j|^2 over all ranks, elementwise, parameter by parameter; None where there is no gradient."""
         if not self._with_squares:
             return None
         weights = self._column(self._weights) if self._sizes else torch.zeros(1, dtype=torch.float64)
@@ -100,7 +100,8 @@ class Measurement:
         """Summed over ranks; every rank has the window's gradient, though perhaps no micro-batch that reached it."""
         if gradient is None:
             return None
-        zeros = torch.zeros(gradient.shape, dtype=gradient.dtype, device=gradient.device)
+        dtype = gradient.dtype.to_real()
+        zeros = torch.zeros(gradient.shape, dtype=dtype, device=gradient.device)
         return self._ranks.sum(zeros if mine is None else mine)
 
     def _column(self, values: Sequence[Count]) -> Tensor:
@@ -114,3 +115,8 @@ class Measurement:
 
     def _unit(self, factor: float | Tensor, loss_scale: Tensor) -> Tensor:
         return as_scalar(factor, self._device).double() / loss_scale.to(self._device).double()
+
+
+def _squared(gradient: Tensor) -> Tensor:
+    """|g|^2, elementwise: a real number for a complex one, too."""
+    return torch.view_as_real(gradient).square().sum(-1) if gradient.is_complex() else gradient.square()

@@ -1,6 +1,6 @@
 """Modules and their parameters: walked, named, told apart, and frozen for a while."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -31,6 +31,10 @@ def trainable_of(walked: Iterable[nn.Module]) -> list[nn.Parameter]:
 
 def modules_of(model: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
     """A module, or several, as a list. ValueError for anything else."""
+    if isinstance(model, Mapping | Iterator):
+        advice = "its values, list(models.values())" if isinstance(model, Mapping) else "a list, to be read again"
+        kind = type(model).__name__
+        raise ValueError(f"model must be an nn.Module or a sequence of them, got a {kind}: give {advice}")
     modules = [model] if isinstance(model, nn.Module) else list(model) if isinstance(model, Iterable) else [model]
     for module in modules:
         if not isinstance(module, nn.Module):

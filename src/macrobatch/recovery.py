@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from macrobatch.batch import Cut, cut_batch
 from macrobatch.gradients import shares_storage
 from macrobatch.sizing import SizeLimit
-from macrobatch.state import Beginnings, Slot
+from macrobatch.state import Beginnings, Slot, coupled_layer
 from macrobatch.structure import Nested, even_sizes
 
 logger = logging.getLogger("macrobatch")
@@ -66,13 +66,17 @@ class Recovery:
         self._limit = limit
         self._device = device
         self._own_cut = own_cut
+        self._slots = slots
+        self._message = ""  # what the allocator said last
+        self._couples = False  # whether a layer normalised over a micro-batch that failed
         self.retries = 0
         beginnings.window(slots, device)
 
     def run(self, micro_batch: Nested, num_samples: int, is_last: bool, step: Callable[[Attempt], None]) -> None:
         """The micro-batch has been run, whole or in parts: `step` has succeeded for each part.
 
-        torch.OutOfMemoryError if not even one sample fits; RunAgain if it cannot be mended in place.
+        torch.OutOfMemoryError if not even one sample fits, or it cannot be cut; RunAgain if it cannot be mended in
+        place.
         """
         pending = [Attempt(micro_batch, num_samples, is_last)]
         while pending:
@@ -91,14 +95,17 @@ class Recovery:
                     raise
                 message = str(error).split("\n")[0] or "no memory left"
             if not message:
+                self._beginnings.micro_batch_ended()
                 continue
             is_undone = self._undo_forward()  # the error is gone, and with its traceback the graph: memory is free
             self.retries += 1
+            self._message = message
             if attempt.has_communicated:
                 raise torch.OutOfMemoryError(_communicating_message(message)) from None
             if attempt.num_samples == 1:
                 raise torch.OutOfMemoryError(_single_sample_message(message)) from None
             self._limit.failed(attempt.num_samples)
+            self._couples = coupled_layer([module for module, _ in self._slots]) is not None
             if not is_undone:
                 raise RunAgain
             attempt.inputs = self._undone(attempt, before)
@@ -131,23 +138,33 @@ class Recovery:
         if n <= largest:
             return [attempt]
         sizes = even_sizes(n, largest)
-        pieces = zip(cut_batch(attempt.micro_batch, sizes, self._own_cut), sizes, strict=True)
-        parts = [Attempt(piece, size, False, attempt.inputs) for piece, size in pieces]
+        try:
+            pieces = cut_batch(attempt.micro_batch, sizes, self._own_cut)
+        except ValueError as error:
+            if not self._message:
+                raise
+            raise torch.OutOfMemoryError(
+                f"out of memory: {self._message.rstrip('.')}. It would go on with smaller micro-batches, but this one "
+                f"cannot be cut: {error}"
+            ) from error
+        parts = [Attempt(piece, size, False, attempt.inputs) for piece, size in zip(pieces, sizes, strict=True)]
         parts[-1].is_last = attempt.is_last
         return parts[::-1]
 
     def restart(self) -> None:
-        """Random numbers and buffers are as before the window's first micro-batch."""
+        """Buffers are as before the window's first micro-batch; random numbers too, if only micro-batches drew any."""
         self._beginnings.return_to_window()
 
     def log(self) -> None:
         """One line, if anything failed: what, and with what size it goes on."""
         if self.retries:
-            logger.warning(
-                "out of memory %d time(s) in this window: recovered, no sample lost; micro-batches now have at most %s",
-                self.retries,
-                self._limit.current,
-            )
+            largest = self._limit.current
+            message = f"out of memory {self.retries} time(s) in this window: recovered, no sample lost"
+            message += f"; micro-batches now have at most {largest}"
+            if self._couples:
+                message += f"; BatchNorm now normalises over at most {largest} samples, which is another model than "
+                message += "before"
+            logger.warning("%s", message)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

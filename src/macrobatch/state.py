@@ -24,11 +24,15 @@ class RandomState:
 
     def is_present(self) -> bool:
         """Whether the next random numbers are those that followed when this was made."""
-        if not torch.equal(self._cpu_state, torch.default_generator.get_state()):
+        return self.is_same(RandomState(self._cuda))
+
+    def is_same(self, other: "RandomState") -> bool:
+        """Whether the same random numbers followed when `other` was made, of the same device."""
+        if not torch.equal(self._cpu_state, other._cpu_state):
             return False
-        if self._cuda is None or self._cuda_state is None:
+        if self._cuda_state is None or other._cuda_state is None:
             return True
-        return torch.equal(self._cuda_state, torch.cuda.get_rng_state(self._cuda))
+        return torch.equal(self._cuda_state, other._cuda_state)
 
     def restore(self) -> None:
         """The next random numbers are those that followed when this was made."""
@@ -42,19 +46,24 @@ class Beginnings:
 
     Random numbers take 5 kB for each micro-batch. A forward that draws none leaves them as the window found them, so
     once a window was seen to draw none (`learn`) they are remembered for windows only.
+
+    What a loader draws while the window fills belongs to samples that are kept: nobody goes back behind that, or other
+    samples would be drawn from the same random numbers again.
     """
 
     def __init__(self) -> None:
         self._window, self._micro_batch = Buffers(), Buffers()
         self._window_random: RandomState | None = None
         self._micro_batch_random: RandomState | None = None
+        self._reached: RandomState | None = None  # up to here micro-batches drew everything; None if others drew, too
         self._device: torch.device | None = None
         self._draws = True
 
     def window(self, slots: list[Slot], device: torch.device | None) -> None:
         """A window begins here; its buffers are those of `slots`, from `buffer_slots`."""
         self._device = device
-        self._window_random, self._micro_batch_random = RandomState(device), None
+        self._window_random = self._reached = RandomState(device)
+        self._micro_batch_random = None
         self._window.watch(slots)
         self._micro_batch.watch(slots)
         if slots:
@@ -64,8 +73,15 @@ class Beginnings:
         """A micro-batch begins here."""
         if self._draws:
             self._micro_batch_random = RandomState(self._device)
+            if self._reached is not None and not self._micro_batch_random.is_same(self._reached):
+                self._reached = None  # somebody has drawn in between
         if self._micro_batch.slots:
             self._micro_batch.remember()
+
+    def micro_batch_ended(self) -> None:
+        """What was drawn since the micro-batch began, its forward and backward have drawn."""
+        if self._draws and self._reached is not None:
+            self._reached = RandomState(self._device)
 
     def learn(self) -> None:
         """The window is at its end: whether it drew random numbers is known for those that follow."""
@@ -82,9 +98,15 @@ class Beginnings:
         return True
 
     def return_to_window(self) -> None:
-        """All is as where the window began."""
-        if self._window_random is not None:
+        """Buffers are as where the window began; random numbers too, if nothing but its micro-batches drew any.
+
+        Else, and where that is not known, they go on: the window draws others than it did.
+        """
+        if self._micro_batch_random is None:
+            self._reached = None
+        if self._window_random is not None and self._reached is not None:
             self._window_random.restore()
+            self._reached = self._window_random
         self._window.restore()
 
 
@@ -99,7 +121,7 @@ class Buffers:
 
     def __init__(self) -> None:
         self.slots: list[Slot] = []
-        self._held: list[tuple[Tensor | None, int]] = []  # each slot's tensor and its version, when remembered
+        self._held: list[tuple[Tensor | None, int | None]] = []  # each slot's tensor and its version, when remembered
         self._copies: dict[int, Tensor] = {}  # by position of the slot
         self._changing: set[int] = set()  # positions of larger ones that were seen to change
 
@@ -135,7 +157,9 @@ class Buffers:
             module._buffers[name] = tensor
             if tensor is None or not _is_countable(tensor):
                 continue
-            if i in self._copies:
+            if version is None:  # it had no values yet
+                _make_anew(module, name)
+            elif i in self._copies:
                 with torch.no_grad():
                     tensor.copy_(self._copies[i])
             elif tensor._version != version:
@@ -146,9 +170,19 @@ class Buffers:
                 )
         self._held = self._now()
 
-    def _now(self) -> list[tuple[Tensor | None, int]]:
+    def _now(self) -> list[tuple[Tensor | None, int | None]]:
         buffers = [module._buffers.get(name) for module, name in self.slots]
-        return [(b, b._version if b is not None and _is_countable(b) else 0) for b in buffers]
+        return [(b, b._version if b is not None and _is_countable(b) else None) for b in buffers]
+
+
+def _make_anew(module: nn.Module, name: str) -> None:
+    """A lazy layer's buffer is as its first forward makes it. RuntimeError where it is not known how."""
+    if not isinstance(module, _NormBase):
+        raise RuntimeError(
+            f"buffer {name!r} of {type(module).__name__} got its shape in a micro-batch that ran out of memory, so "
+            "there is nothing to return to. Run the model once on a small batch before training"
+        )
+    module.reset_running_stats()
 
 
 def buffer_slots(modules: Sequence[nn.Module]) -> list[Slot]:
