@@ -160,8 +160,24 @@ def are_records(items: Nested) -> bool:
 
 
 def are_entries(items: Nested) -> bool:
-    """Whether `items` are tuples, lists or dataclasses of one class, with as many contents of the same kinds."""
-    if any(children(x) is None or isinstance(x, Mapping) or type(x) is not type(items[0]) for x in items):
+    """Whether `items` are tuples, lists or dataclasses of one class around tensors, which can be as many samples.
+
+    They have as many contents, of the same kinds or None; those of a list may also differ, if all have labels.
+    """
+    if any(
+        type(x) is not type(items[0]) or isinstance(x, Mapping) or not children(x) or not has_rows(x) for x in items
+    ):
         return False
-    kinds = [kind_of(x) for _, x in children(items[0]) or ()]
-    return all([kind_of(x) for _, x in children(entry) or ()] == kinds for entry in items)
+    contents = [[x for _, x in children(entry) or ()] for entry in items]
+    if len(set(map(len, contents))) == 1:
+        columns = zip(*contents, strict=True)
+        if all(len({kind_of(x) for x in column if x is not None}) <= 1 for column in columns):
+            return True
+    return isinstance(items, list) and all(map(is_labelled, items))
+
+
+def is_labelled(entry: Nested) -> bool:
+    """Whether a number, a string or a 0-d tensor stands beside a tensor in `entry`, which so is a sample."""
+    items = [x for _, x in children(entry) or ()]
+    is_pair = any(x is not None and kind_of(x) is None for x in items) and any(map(has_rows, items))
+    return is_pair or any(map(is_labelled, items))

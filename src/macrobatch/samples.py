@@ -17,6 +17,7 @@ from macrobatch.containers import (
     first_dimensions,
     has_rows,
     hides_tensors,
+    is_labelled,
     is_list,
     is_opaque,
     is_rows,
@@ -182,17 +183,19 @@ def _open_message(batch: Nested) -> str:
 
 
 def _may_be_samples(batch: Nested) -> bool:
-    """Whether `batch` is a list of records, of tensors of one kind or of entries alike, or a tuple of entries alike."""
+    """Whether `batch` is a list of records or of tensors of one kind, or a list or tuple of entries alike."""
     if not is_list(batch) or not batch:
         return False
-    return (are_entries(batch) or (isinstance(batch, list) and _are_alike(batch))) and has_rows(batch)
+    if isinstance(batch, list) and _are_alike(batch):
+        return has_rows(batch)
+    return are_entries(batch)
 
 
 def _contents(entries: Nested) -> Iterator[Nested]:
     """What the entries hold. A pair (tensor, label) in one of them is no list of two samples, and is opened too."""
     for entry in entries:
         for x in [entry] if isinstance(entry, Tensor) else [x for _, x in children(entry) or ()]:
-            yield from _contents([x]) if _is_labelled(x) else (x,)
+            yield from _contents([x]) if is_labelled(x) else (x,)
 
 
 def _shared(batch: Nested) -> int | None:
@@ -220,15 +223,8 @@ def _is_collated(batch: Nested) -> bool:
     if are_of_one_kind(batch):
         return _stacked(batch) is not None and not _may_be_images(batch)
     if type(batch) is tuple:
-        return not any(map(_is_labelled, batch)) or _stacked(batch) is None
-    return isinstance(batch[0], list) and not any(map(_is_labelled, batch)) and _stacked(batch) is not None
-
-
-def _is_labelled(entry: Nested) -> bool:
-    """Whether a number, a string or a 0-d tensor stands beside a tensor in `entry`, which so is a sample."""
-    items = [x for _, x in children(entry) or ()]
-    is_pair = any(x is not None and kind_of(x) is None for x in items) and any(map(has_rows, items))
-    return is_pair or any(map(_is_labelled, items))
+        return not any(map(is_labelled, batch)) or _stacked(batch) is None
+    return isinstance(batch[0], list) and not any(map(is_labelled, batch)) and _stacked(batch) is not None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
