@@ -515,7 +515,7 @@ def test_the_ratio_in_the_words_is_that_of_the_speeds_in_the_table() -> None:
     speeds = dict(rows(changed))["samples per second"]
     assert speeds[1:] == ["427", "640"]
     said = words.findings(changed)[-1].text
-    assert "The time of accumulation over that of the native batch is 1.50 (1.49 to 1.51, 95%), the median over" in said
+    assert "The time of accumulation over that of the native batch is 1.50 (1.50 to 1.51, 95%), the median over" in said
     assert "By the speeds of the table" not in said
 
 

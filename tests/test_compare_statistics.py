@@ -178,7 +178,9 @@ def test_accumulation_and_the_native_batch_learn_much_the_same_through_batchnorm
     )
     assert f"By those that training left the losses are {as_left}" in said
     assert "64 times by accumulation and 8 times by the native batch" in said
-    assert "did not equal the native large batch" not in said
+    assert "did not equal the native large batch here: their gradients differ by up to" in said
+    assert "and its loss is" not in said
+    assert "ended near" not in said
     assert "<b>Running statistics</b>: for validation and sharpness those of BatchNorm are taken anew" in text
     assert "statistics as left" in said
 
