@@ -26,7 +26,7 @@ from macrobatch.cli.noise import Findings
 from macrobatch.cli.noise_words import CLOSE, recommendation
 from macrobatch.cli.run import Run
 from macrobatch.cli.run_options import TrainOptions
-from macrobatch.tasks import load_task
+from macrobatch.tasks import Task, load_task
 
 TASK = ["--task", "noise_tasks:regression"]
 STILL = ["--lr", "1e-9"]  # parameters that stay where they are, so that the noise scale is one number
@@ -228,6 +228,67 @@ def test_what_cannot_be_measured_is_refused_before_any_work(tmp_path: Path) -> N
         assert message in " ".join(said.replace("│", " ").split())
         assert "Traceback" not in said
         assert not (tmp_path / "run").exists()
+
+
+def unprepared() -> Task:
+    """A task whose metric fails, and whose data would take their time."""
+
+    def metric(model: Any, micro_batch: Any) -> Any:
+        raise KeyError("no such column")
+
+    def prepare(tell: Any) -> None:
+        raise AssertionError("prepared before the metric was tried")
+
+    return replace(load_task("noise_tasks:regression"), metrics={"late": metric}, prepare=prepare)
+
+
+def test_metrics_are_tried_before_data_are_prepared(tmp_path: Path) -> None:
+    said = run("--task", "test_cli_noise:unprepared", "--output", tmp_path / "run", code=2)
+    assert "the metric 'late', called as metric(model, micro_batch), raised KeyError: 'no such column'" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_are_prepared_once_before_training(tmp_path: Path) -> None:
+    PREPARED.clear()
+    run("--task", "test_cli_noise:prepared", "--batch-size", 16, "--steps", 4, "--output", tmp_path / "run")
+    assert PREPARED == [1]
+
+
+PREPARED: list[int] = []
+
+
+def prepared() -> Task:
+    return replace(load_task("noise_tasks:regression"), prepare=lambda tell: PREPARED.append(1))
+
+
+def test_what_a_tasks_own_code_raises_is_a_line_here_too(tmp_path: Path) -> None:
+    said = run("--task", "test_cli_noise:late_failure", "--batch-size", 16, "--output", tmp_path / "run", code=2)
+    assert "error: the task test_cli_noise:late_failure raised ZeroDivisionError: " in said
+    assert f"({__file__}, line " in said
+    assert "Traceback" in (tmp_path / "run" / "traceback.txt").read_text()
+
+
+def late_failure() -> Task:
+    task, calls = load_task("noise_tasks:regression"), [5]
+
+    def loss(model: Any, micro_batch: Any) -> Any:
+        calls[0] -= 1
+        return task.loss_fn(model, micro_batch) if 1 / calls[0] else None
+
+    return replace(task, loss_fn=loss)
+
+
+def test_a_run_without_an_applied_update_has_nothing_to_say_of_noise(tmp_path: Path) -> None:
+    said = run(
+        "--task", "test_cli_noise:nowhere", "--batch-size", 16, "--steps", 3, "--output", tmp_path / "run", code=2
+    )
+    assert "error: no update was applied: 3 updates skipped, from update 1 on" in said
+    assert "noise scale" not in said.partition("no update was applied")[2]
+
+
+def nowhere() -> Task:
+    task = load_task("noise_tasks:regression")
+    return replace(task, loss_fn=lambda model, pair: ((model(pair[0]) * math.nan).sum(), len(pair[0])))
 
 
 def test_watching_the_noise_takes_at_most_the_gradients_more_than_predicted(tmp_path: Path) -> None:

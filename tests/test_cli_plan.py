@@ -168,6 +168,25 @@ def test_threads_are_those_asked_for_and_afterwards_those_of_before(
 # ---- mistakes
 
 
+class Uncounted(list[Any]):
+    """Samples without labels."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return {"input": torch.ones(3)}["label"]
+
+
+def unlabelled() -> Task:
+    return replace(line(), train=Uncounted(range(40)))  # type: ignore[arg-type]  # a list is map-style
+
+
+def test_what_a_tasks_own_code_raises_is_a_line_here_too(tmp_path: Path) -> None:
+    said = run("plan", "--task", "test_cli_plan:unlabelled", "--output", tmp_path / "run", code=2)
+    assert "error: the task test_cli_plan:unlabelled raised KeyError: 'label'" in said
+    assert f"({__file__}, line " in said
+    assert said.endswith(f"the whole traceback is in {tmp_path / 'run' / 'traceback.txt'}")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["traceback.txt"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +26,7 @@ from typer.testing import CliRunner
 
 import macrobatch as mb
 from macrobatch.cli import app, plots
+from macrobatch.cli.error_places import place_in_task, steps_to
 from macrobatch.cli.metric_check import check_metrics
 from macrobatch.cli.preparing import prepare
 from macrobatch.cli.validation import validate, validation_batches
@@ -180,7 +183,43 @@ def test_an_update_that_is_not_finite_is_skipped_and_does_not_move_the_schedule(
         assert rates[bad + 1] == rates[bad]
     assert len(set(rates)) == len(rates) - (bad + 1 < len(log))
     assert summary(folder)["updates_applied"] == len(log) - 1
-    assert "; 1 update skipped: the gradient was not finite" in said
+    assert f"; 1 update skipped: the gradient was not finite (update {bad + 1})" in said
+
+
+NEVER: dict[str, tuple[Any, str]] = {
+    "nan": (
+        lambda model, pair: ((model(pair[0]) * math.nan).sum(), len(pair[0])),
+        "the loss was nan and the gradient norm nan. Neither is finite: look for NaN",
+    ),
+    "root": (
+        lambda model, pair: ((0 * model(pair[0])).sum().sqrt(), len(pair[0])),
+        "the loss was 0 and the gradient norm nan. The gradient of a finite loss is not finite",
+    ),
+    "no terms": (
+        lambda model, pair: (0 * model(pair[0]).sum(), 0),
+        "the loss was nan and the gradient norm 0. The loss had no terms to average over",
+    ),
+}
+
+
+def never(*, why: str = "nan") -> Task:
+    """A task no update of which can be applied."""
+    return replace(line(), loss_fn=NEVER[why][0])
+
+
+@pytest.mark.parametrize("why", list(NEVER))
+@pytest.mark.parametrize("guard", ["off", "skip"])
+def test_a_run_of_which_no_update_was_applied_is_an_error_that_says_why(why: str, guard: str, tmp_path: Path) -> None:
+    options = ["--task-option", f"why={why}", "--steps", 8, "--spike-guard", guard, "--output", tmp_path / "run"]
+    said = run("--task", "test_cli_train:never", *options, code=2)
+    assert f"error: no update was applied: 8 updates skipped, from update 1 on, where {NEVER[why][1]}" in said
+    assert "no update was applied: 8 of 8 updates tried, " in said
+    is_told_of = guard == "off" and why == "no terms"
+    assert ("8 updates skipped: the loss had no terms (update 1 first)" in said) == is_told_of
+    assert "finished" not in said
+    found = summary(tmp_path / "run")
+    assert (found["outcome"], found["updates"], found["updates_applied"]) == ("no update was applied", 8, 0)
+    assert found["validation_loss"] is None
 
 
 @pytest.mark.parametrize(
@@ -240,7 +279,7 @@ def test_a_model_beyond_the_budget_ends_in_a_line_that_says_what_to_change(tmp_p
     assert "error: out of memory in update 1: not even one sample at a time fits into the budget of 30.0 kB; " in said
     assert "give more --max-memory or a smaller model" in said
     assert "--micro-batch-size" not in said  # it was halved down to one sample already
-    assert summary(tmp_path / "small")["outcome"] == "out of memory at update 0"
+    assert summary(tmp_path / "small")["outcome"] == "out of memory at update 1"  # as the error says
     assert set(weights(tmp_path / "small")) == set(load_task("own_tasks:line", hidden=3).model.state_dict())
     # The control: with more of it, it trains, and stays within.
     run(*options, "--max-memory", "150KB", "--output", tmp_path / "large")
@@ -283,6 +322,21 @@ def test_a_layer_that_couples_samples_keeps_the_tasks_own_size_and_a_line_says_s
     said = run("--task", "digits", "--task-option", "width=2", "--steps", "2", "--output", tmp_path / "run")
     assert "note: the micro-batch size is the task's own, not auto: '1' (BatchNorm2d) normalises over" in said
     assert summary(tmp_path / "run")["micro_batch_size"] == load_task("digits").micro_batch_size
+
+
+def test_a_model_that_normalised_over_fewer_samples_than_asked_for_is_said_to_be_another(tmp_path: Path) -> None:
+    options = ["--task", "digits", "--task-option", "width=2", "--steps", "3", "--device", "cpu"]
+    said = run(*options, "--max-memory", "60KB", "--output", tmp_path / "small")
+    log = rows(tmp_path / "small")
+    assert log[0]["retries"] > 0
+    fewest = min(row["batch_size"] // row["micro_batches"] for row in log)
+    assert 1 <= fewest < 16
+    assert (
+        "note: memory ran out, and in 3 updates (first in update 1) '1' (BatchNorm2d) normalised over micro-batches of "
+        f"as few as {fewest} instead of 16: another model than was asked for, which more --max-memory would train"
+    ) in said
+    said = run(*options, "--max-memory", "10MB", "--output", tmp_path / "large")  # the control
+    assert "instead of 16" not in said
 
 
 def test_what_was_predicted_is_shown_beside_what_was_measured(tmp_path: Path) -> None:
@@ -343,6 +397,32 @@ def test_a_budget_can_be_a_share_of_what_the_device_has(tmp_path: Path) -> None:
 # ---- mistakes
 
 
+def open_question(*, flag: bool = False, text: str = "") -> Task:
+    return replace(line(), description=f"{flag!r} {text!r}")
+
+
+@pytest.mark.parametrize("written", ["true", "True", "TRUE", "false", "False"])
+def test_a_task_option_is_true_or_false_in_any_case(written: str, tmp_path: Path) -> None:
+    options = ["--task-option", f"flag={written}", "--task-option", "text='true'", "--steps", 1]
+    said = run("--task", "test_cli_train:open_question", *options, "--output", tmp_path / "run")
+    assert f"line: {written.capitalize()} 'true'" in said  # in quotes it is a text
+
+
+def test_errors_go_to_stderr_and_what_was_found_to_stdout(tmp_path: Path) -> None:
+    def both(*arguments: str) -> tuple[str, str]:
+        result = CliRunner().invoke(app, ["train", *LINE, *arguments, "--output", str(tmp_path / "run")])
+        assert result.exit_code == 2
+        return result.stdout, result.stderr
+
+    small = ["--task-option", "hidden=1000", "--micro-batch-size", "4", "--max-memory", "30KB"]
+    for arguments in (small, ["--task", "test_cli_train:never", "--steps", "8"], ["--warmup", "99"]):
+        out, error = both(*arguments)
+        assert error.startswith("error: ")
+        assert len(error.splitlines()) == 1
+        assert "error:" not in out
+    assert out == ""
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -384,12 +464,44 @@ def test_a_mistake_is_named_before_any_work_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "plan", "noise"])
-def test_the_help_shows_what_an_option_is_where_it_is_not_given(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("command", "folder"),
+    [("train", "line"), ("compare", "compare-line"), ("plan", "plan-line"), ("noise", "noise-line")],
+)
+def test_the_help_shows_what_an_option_is_where_it_is_not_given(
+    command: str, folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     said = " ".join(CliRunner().invoke(app, [command, "--help"], terminal_width=300).output.split())
-    for shown in ("[the task's]", "[torch's]", "[runs/TASK]"):
+    for shown in ("[the task's]", "[torch's]", f"[runs/{folder.replace('line', 'TASK')}]"):
         assert shown in said
+    assert said.count("[runs/") == 1
+    monkeypatch.chdir(tmp_path)  # and there it is
+    small = ["--batch-size=8", "--samples=40", "--draws=64", "--sharpness=0"] if command == "compare" else []
+    assert CliRunner().invoke(app, [command, *LINE, *small]).exit_code == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder]
+
+
+@pytest.mark.parametrize("command", ["", "train", "compare", "plan", "noise"])
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_help_shows_no_value_for_an_option_that_takes_none(
+    command: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    result = CliRunner().invoke(app, [*command.split(), "--help"], terminal_width=width)
+    lines = [line.strip("│ ").split() for line in result.output.splitlines()]
+    shown = {words[0]: words[1] for words in lines if words and words[0].startswith("--")}
+    taking_none = {"--help": "Show", "--version": "Show", "--per-example": "Measure", "--branched": "Then"}
+    assert shown.items() >= {name: word for name, word in taking_none.items() if name in shown}.items()
+    assert "--help" in shown
+    assert ("--version" in shown, "--branched" in shown) == (command == "", command == "noise")
+    assert max(map(len, result.output.splitlines())) <= width
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.output.startswith(f"macrobatch {mb.__version__} (torch {torch.__version__}, Python ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
@@ -420,6 +532,146 @@ def test_an_output_folder_that_cannot_be_written_is_named(tmp_path: Path) -> Non
         assert f"error: cannot write to the output folder {output}" in said
         assert "choose another with --output" in said
     assert (tmp_path / "file").read_text() == "something"
+
+
+class Holed(list[Any]):
+    """Samples of which one is missing."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(index) if index != 7 else {}["label"]
+
+
+class Ragged(list[Any]):
+    """Samples of unequal length."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return torch.ones(3 + index % 2), torch.ones(1)
+
+
+class Stuck(torch.optim.SGD):
+    """An optimizer that cannot step."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]  # no closure here
+        raise AttributeError("stuck")
+
+
+class Narrow(nn.Linear):
+    """A model that drops an entry of its input."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs[:, :2])
+
+
+def missing(*_: Any) -> Any:
+    raise KeyError("x")
+
+
+def noted(*_: Any) -> Any:
+    error = RuntimeError("[not bold] bad")
+    error.add_note("have you tried the other one?")
+    raise error
+
+
+def only_model(model: nn.Module) -> Any:
+    return model
+
+
+def failing(*, at: str = "loss_fn") -> Task:
+    """A task whose own code fails once the run has begun."""
+    changed: dict[str, Any] = {
+        "loss_fn": {"loss_fn": missing},
+        "dataset": {"train": Holed(line().train)},
+        "collate": {"collate": missing},
+        "make_optimizer": {"make_optimizer": missing},
+        "prepare": {"prepare": missing},
+        "step": {"make_optimizer": lambda model, lr: Stuck(model.parameters(), lr)},
+        "model": {"model": Narrow(3, 1)},
+        "notes": {"loss_fn": noted},
+        "arguments": {"loss_fn": only_model},
+        "arguments of make_optimizer": {"make_optimizer": lambda: None},
+        "ragged": {"train": Ragged(line().train)},
+        "torch": {"model": nn.Sequential(nn.Linear(4, 1)), "loss_fn": mb.sum_loss(nn.MSELoss())},
+    }[at]
+    return replace(line(), **changed)
+
+
+FAILING = {
+    "loss_fn": ("KeyError: 'x'", 'raise KeyError("x")'),
+    "dataset": ("KeyError: 'label'", '{}["label"]'),
+    "collate": ("KeyError: 'x'", 'raise KeyError("x")'),
+    "make_optimizer": ("KeyError: 'x'", 'raise KeyError("x")'),
+    "prepare": ("KeyError: 'x'", 'raise KeyError("x")'),
+    "step": ("AttributeError: stuck", 'raise AttributeError("stuck")'),
+    "model": ("RuntimeError: mat1 and mat2 shapes cannot be multiplied", "super().forward(inputs[:, :2])"),
+    "notes": ("RuntimeError: [not bold] bad", "raise error"),
+    "arguments": ("TypeError: only_model() takes 1 positional argument but 2 were given", ""),
+    "arguments of make_optimizer": ("TypeError: failing.<locals>.<lambda>() takes 0 positional", ""),
+    "ragged": ("RuntimeError: stack expects each tensor to be equal size", "collate.py, line "),
+    "torch": ("RuntimeError: mat1 and mat2 shapes cannot be multiplied", "torch"),
+}
+
+
+@pytest.mark.parametrize("at", list(FAILING))
+def test_what_a_tasks_own_code_raises_at_work_is_a_line_with_its_place_and_a_traceback_in_a_file(
+    at: str, tmp_path: Path
+) -> None:
+    folder, (what, where) = tmp_path / "run", FAILING[at]
+    options = ["--task-option", f"at={at}", "--max-memory", "1MB", "--steps", 9, "--output", folder]
+    said = run("--task", "test_cli_train:failing", *options, code=2)
+    error = next(each for each in said.splitlines() if each.startswith("error:"))
+    assert error.startswith(f"error: the task test_cli_train:failing raised {what}")
+    place, kept = error.split("; the whole traceback is in ")
+    assert kept == str(folder / "traceback.txt")
+    whole = (folder / "traceback.txt").read_text()
+    assert whole.startswith("Traceback (most recent call last):\n")
+    assert what.partition(":")[0] in whole
+    if where in ("", "torch", "collate.py, line "):
+        assert where in place
+    else:
+        lines = Path(__file__).read_text().splitlines()
+        assert f" ({__file__}, line {next(n for n, text in enumerate(lines, 1) if where in text)})" in place
+    assert "Traceback" not in said
+    assert ("note: loss_fn is called as loss_fn(model, micro_batch)" in said) == (
+        at in ("loss_fn", "model", "notes", "arguments", "torch")
+    )
+    assert ("note: have you tried the other one?" in said) == (at == "notes")
+
+
+def calling() -> Task:
+    """A task whose loss calls this package, which fails there, and not with an error that it raises on purpose."""
+    return replace(line(), loss_fn=lambda model, pair: plots.plain_number(pair))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("task", ["own_tasks:line", "test_cli_train:calling"])
+def test_a_bug_of_this_package_keeps_its_traceback(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "save_training", None)
+    with pytest.raises(TypeError, match=r"'NoneType' object is not callable|bad operand type for abs\(\)"):
+        run("--task", task, "--steps", 1, "--output", tmp_path / "run")
+    assert not (tmp_path / "run" / "traceback.txt").exists()
+
+
+def test_a_call_of_torch_that_this_package_looks_at_is_still_the_tasks() -> None:
+    with pytest.raises(RuntimeError) as caught, mb.memory_limit("1MB"):
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert any("macrobatch" in step.file and step.is_passing for step in steps_to(caught.value))
+    place = place_in_task("some_tasks:task", caught.value)
+    assert place is not None
+    assert place.startswith(f" ({__file__}, line ")
+    assert place_in_task("digits", caught.value) is None  # the control: all of a built-in task is this package
+
+
+@pytest.mark.parametrize("log", ["torch._subclasses.fake_tensor"])
+def test_a_model_that_fails_on_fake_tensors_logs_no_traceback_of_its_own(
+    log: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = logging.getLogger(log).level
+    run("--task", "test_cli_train:failing", "--task-option", "at=model", "--output", tmp_path / "run", code=2)
+    assert [record for record in caplog.records if record.name == log] == []
+    assert logging.getLogger(log).level == before
+    task = failing(at="model")  # the control
+    with pytest.raises(RuntimeError):
+        mb.plan(task.model, task.loss_fn, (torch.ones(4, 3), torch.ones(4, 1)), batch_size=4, max_memory="1MB")
+    assert [record for record in caplog.records if record.name == log]
 
 
 def wrong_layer() -> Task:
@@ -540,6 +792,20 @@ def test_the_sum_of_a_metric_may_be_a_plain_number() -> None:
     assert found.metrics["number"] == pytest.approx(
         float((task.model(inputs) - targets).abs().mean().detach()), rel=1e-6
     )
+
+
+def test_a_metric_may_be_a_scalar_tensor_the_mean_over_its_micro_batch() -> None:
+    def mean(model: Any, pair: Any) -> torch.Tensor:
+        total, count = sum_and_count(model, pair)
+        return total / count
+
+    task = replace(line(), metrics={"sum and count": sum_and_count, "mean": mean})
+    check_metrics(task.model, task, 3)
+    found = validate(task.model, task, validation_batches(task, 3))  # of 7: uneven micro-batches
+    assert found.metrics["mean"] == pytest.approx(found.metrics["sum and count"], rel=1e-6)
+    refused = replace(line(), metrics={"number": lambda model, pair: float(mean(model, pair))})
+    with pytest.raises(ValueError, match=r"or a tensor of shape \(\), the mean over the samples of the micro-batch"):
+        check_metrics(refused.model, refused, 3)
 
 
 def test_a_metric_is_tried_on_one_micro_batch_and_leaves_model_and_random_numbers_alone() -> None:
@@ -738,9 +1004,56 @@ def test_ctrl_c_before_the_first_update_leaves_nothing_and_ends_with_130(tmp_pat
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_sigterm_ends_as_ctrl_c_does_but_with_143(times: int, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    child = start(folder, "--steps", "100000", "--task-option", "seconds=0.05")  # an update takes 0.4 s
+    wait_for_updates(folder, 2)
+    for _ in range(times):
+        child.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    said, _ = child.communicate(timeout=120)
+    assert child.returncode == 143, said
+    assert "stopping after this update; SIGTERM again to stop now, without weights, plot and summary" in said
+    assert ("terminated: metrics.jsonl, tensorboard in" in said) == (times == 2)
+    assert (folder / "summary.json").exists() == (times == 1)
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("name", ["torch", "rich"])
+def test_ctrl_c_while_the_command_is_starting_is_a_word_and_130(name: str, tmp_path: Path) -> None:
+    (tmp_path / f"{name}.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    entry = project["scripts"]["macrobatch"]
+    module, _, function = entry.partition(":")
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # in the background it is ignored
+        f"from {module} import {function}\n{function}()"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1] / "src")])
+    child = subprocess.run(
+        [sys.executable, "-c", program, "train"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert (child.returncode, child.stdout, child.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("module", ["macrobatch", "macrobatch.cli", "macrobatch_command"])
+def test_the_command_can_be_run_as_a_module(module: str) -> None:
+    command = [sys.executable, "-m", module, "--version"]
+    child = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.startswith(f"macrobatch {mb.__version__} ")
+
+
 def test_the_weights_are_kept_where_a_metric_fails_after_training(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["train", "--task", "own_tasks:late_metric", "--output", str(tmp_path / "run")])
-    assert result.exit_code != 0
+    assert result.exit_code == 2
+    assert "raised ValueError: a bug that shows late" in result.output
     assert not (tmp_path / "run" / "summary.json").exists()
     trained, before = weights(tmp_path / "run"), load_task("own_tasks:line").model.state_dict()
     assert any(not torch.equal(trained[name], before[name]) for name in before)

@@ -1,15 +1,20 @@
 """The commands: what each is asked for, and what it calls; imports that take long come once it is clear what to do."""
 
+import platform
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
+from macrobatch import __version__
 from macrobatch.cli.command import command, folder_name, loaded, task_of
 from macrobatch.cli.options import (
     BaseBatchSize,
     BatchSchedule,
     BatchSize,
+    Command,
+    Commands,
     DeviceName,
     Epochs,
     LearningRate,
@@ -17,7 +22,6 @@ from macrobatch.cli.options import (
     MaxMemory,
     MaxNorm,
     MicroBatchSize,
-    Output,
     PrecisionName,
     Samples,
     ScalingRule,
@@ -30,21 +34,38 @@ from macrobatch.cli.options import (
     Threads,
     Warmup,
     count,
+    flag,
     micro_batch_size_of,
     option,
+    output_folder,
 )
 from macrobatch.cli.preparing import busy
 
 app = typer.Typer(
     name="macrobatch",
-    help="Any effective batch size on any memory budget, with the gradient of the full batch.",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
-@app.command()
+def _say_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(f"macrobatch {__version__} (torch {torch.__version__}, Python {platform.python_version()})")
+        raise typer.Exit
+
+
+@app.callback()
+def macrobatch(
+    version: Annotated[
+        bool, flag("--version", "Show the version and exit.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Any effective batch size on any memory budget, with the gradient of the full batch."""
+
+
+@app.command(cls=Command)
 def train(
     task: TaskName = "code-lm",
     task_option: TaskOptions = None,
@@ -67,7 +88,7 @@ def train(
     device: DeviceName = "auto",
     threads: Threads = None,
     seed: Seed = 0,
-    output: Output = None,
+    output: Annotated[Path | None, output_folder("runs/TASK")] = None,
 ) -> None:
     """Train a task with an effective batch of any size, in micro-batches that fit into memory."""
     from macrobatch.cli.run import Run
@@ -94,7 +115,7 @@ def train(
         device=device,
         seed=seed,
     )
-    with command(output or Path("runs") / folder_name(task), threads) as (console, folder):
+    with command(output or Path("runs") / folder_name(task), task, threads) as (console, folder):
         to_train = loaded(console, task, task_option, seed)
         with busy(console, "planning"):
             run = Run(to_train, options)
@@ -102,7 +123,7 @@ def train(
     raise typer.Exit(code)
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
     task: TaskName = "code-lm",
     task_option: TaskOptions = None,
@@ -125,7 +146,7 @@ def compare(
     device: DeviceName = "auto",
     threads: Threads = None,
     seed: Seed = 0,
-    output: Output = None,
+    output: Annotated[Path | None, output_folder("runs/compare-TASK")] = None,
 ) -> None:
     """Small batch, accumulation, native large batch and a scaled learning rate on the same samples, in one report."""
     from macrobatch.cli.compare import compare as compare_ways
@@ -143,11 +164,11 @@ def compare(
         device=device,
         seed=seed,
     )
-    with command(output or Path("runs") / f"compare-{folder_name(task)}", threads) as (console, folder):
+    with command(output or Path("runs") / f"compare-{folder_name(task)}", task, threads) as (console, folder):
         compare_ways(lambda each: task_of(task, task_option, each), options, folder, console)
 
 
-@app.command()
+@app.command(cls=Command)
 def plan(
     task: TaskName = "code-lm",
     task_option: TaskOptions = None,
@@ -157,12 +178,12 @@ def plan(
     device: DeviceName = "auto",
     threads: Threads = None,
     seed: Seed = 0,
-    output: Output = None,
+    output: Annotated[Path | None, output_folder("runs/plan-TASK")] = None,
 ) -> None:
     """Which micro-batch size fits into the memory, which is fastest, and what takes the memory: nothing is trained."""
     from macrobatch.cli.plan import PlanOptions
     from macrobatch.cli.plan import plan as plan_task
 
     options = PlanOptions(batch_size=batch_size, max_memory=max_memory, precision=precision, device=device, seed=seed)
-    with command(output or Path("runs") / f"plan-{folder_name(task)}", threads) as (console, folder):
+    with command(output or Path("runs") / f"plan-{folder_name(task)}", task, threads) as (console, folder):
         plan_task(loaded(console, task, task_option, seed), options, folder, console)

@@ -1,5 +1,6 @@
 """What all commands have around them: a console, a new output folder, mistakes and Ctrl-C that end in a line."""
 
+import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from macrobatch.cli.errors import said_where, short_errors
+from macrobatch.cli.errors import said_where, short_errors, traceback_kept
+from macrobatch.cli.interrupt import Terminated, exit_code, terminate
 from macrobatch.cli.preparing import busy
 from macrobatch.cli.runfiles import new_folder, release
 from macrobatch.tasks import Task, load_task
@@ -35,22 +37,36 @@ def folder_name(task: str) -> str:
 
 
 @contextmanager
-def command(wanted: Path, threads: int | None = None) -> Iterator[tuple[Console, Path]]:
+def command(wanted: Path, task_name: str, threads: int | None = None) -> Iterator[tuple[Console, Path]]:
     """A console and a new output folder; mistakes and Ctrl-C end in a line and an exit code; no empty folder stays."""
-    console, mistakes = Console(highlight=False), Console(stderr=True, highlight=False)
-    with short_errors(mistakes):
+    with short_errors():
         folder = new_folder(wanted)
         threads_before = torch.get_num_threads()
         torch.set_num_threads(threads or threads_before)
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+        before = signal.signal(signal.SIGTERM, terminate)
         try:
-            yield console, folder
-        except KeyboardInterrupt:
+            with traceback_kept(task_name, folder), _quiet_fakes():
+                yield Console(highlight=False), folder
+        except KeyboardInterrupt as stop:
+            is_terminated = isinstance(stop, Terminated)
             written = sorted(path.name for path in folder.iterdir() if path.name[0] != ".")  # all but its run's mark
             kept = f"{', '.join(written)} in {folder}" if written else "nothing was written"
-            mistakes.print(f"interrupted: {escape(kept)}", soft_wrap=True)
-            raise typer.Exit(130) from None
+            word = "terminated" if is_terminated else "interrupted"
+            Console(stderr=True, highlight=False).print(f"{word}: {escape(kept)}", soft_wrap=True)
+            raise typer.Exit(exit_code(signal.SIGTERM if is_terminated else signal.SIGINT)) from None
         finally:
             signal.signal(signal.SIGTERM, before)
             torch.set_num_threads(threads_before)
             release(folder)
+
+
+@contextmanager
+def _quiet_fakes() -> Iterator[None]:
+    """Within it torch logs no traceback of a model that fails on fake tensors: the error itself is said."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

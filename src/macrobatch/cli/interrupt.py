@@ -4,7 +4,21 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: as Ctrl-C, with an exit code of its own."""
+
+
+def terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """The handler of SIGTERM: what is at work is interrupted."""
+    raise Terminated
+
+
+def exit_code(number: int) -> int:
+    """What shells say of a process that such a signal has ended: 130 for Ctrl-C, 143 for SIGTERM."""
+    return 128 + number
 
 
 class CtrlC:
@@ -16,6 +30,7 @@ class CtrlC:
 
     def __init__(self, say: Callable[[str], None], at_hand: str, unwritten: str) -> None:
         self.wanted = False
+        self.exit_code = exit_code(signal.SIGINT)  # of the first signal, once there was one
         self.at_hand, self.unwritten = at_hand, unwritten
         self._say = say
         self._before: dict[int, Any] = {}
@@ -31,10 +46,11 @@ class CtrlC:
         self._put_back()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.wanted = True
+        self.wanted, self.exit_code = True, exit_code(number)
         self._put_back()
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         with suppress(RuntimeError):  # the signal came in the middle of a write to the same stream
-            self._say(f"stopping after {self.at_hand}; Ctrl-C again to stop now, without {self.unwritten}")
+            self._say(f"stopping after {self.at_hand}; {name} again to stop now, without {self.unwritten}")
 
     def _put_back(self) -> None:
         for number, handler in self._before.items():

@@ -69,6 +69,8 @@ class _Watched:
 def _what_failed(task: Task, name: str, watched: _Watched, error: Exception) -> str:
     given, over = ("outputs", "samples") if task.encode is not None else ("micro_batch", "micro-batch")
     needed = f"(sum, count), a sum over the {over} as a number or a tensor of shape (), and how many terms it has"
+    if task.encode is None:
+        needed += "; or a tensor of shape (), the mean over the samples of the micro-batch"
     called = f"task {task.name!r}: the metric {name!r}, called as metric(model, {given})"
     if watched.returned:
         said = f"{called}, returned {_described(watched.returned[0])}; needed is {needed}. Let it return that"

@@ -8,7 +8,6 @@ import typer
 from macrobatch.cli import options as cli
 from macrobatch.cli.app import app
 from macrobatch.cli.command import command, folder_name, loaded
-from macrobatch.cli.preparing import prepare
 
 
 def _factors(text: str) -> tuple[int, ...]:
@@ -21,11 +20,11 @@ def _factors(text: str) -> tuple[int, ...]:
 
 
 PerExample = Annotated[
-    bool, typer.Option("--per-example", help="Measure the gradient of each sample, for updates of one micro-batch.")
+    bool, cli.flag("--per-example", "Measure the gradient of each sample, for updates of one micro-batch.")
 ]
 HalfLife = Annotated[int, cli.count(1, "Updates after which one counts half: training moves on.")]
 Branched = Annotated[
-    bool, typer.Option("--branched", help="Then measure the critical batch itself: train on at several batch sizes.")
+    bool, cli.flag("--branched", "Then measure the critical batch itself: train on at several batch sizes.")
 ]
 Factors = Annotated[
     Any, typer.Option(parser=_factors, metavar="K,K,...", help="Of --branched: times the batch.  [2,4,8]")
@@ -40,7 +39,7 @@ Tolerance = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=cli.Command)
 def noise(
     task: cli.TaskName = "code-lm",
     task_option: cli.TaskOptions = None,
@@ -68,7 +67,7 @@ def noise(
     branch_samples: BranchSamples = None,
     repeats: Repeats = None,
     tolerance: Tolerance = None,
-    output: cli.Output = None,
+    output: Annotated[Path | None, cli.output_folder("runs/noise-TASK")] = None,
 ) -> None:
     """Train a task and measure its gradient noise: which batch pays, which is fastest here, and how sure that is."""
     from macrobatch.cli.branched import BranchOptions, branched_run
@@ -94,9 +93,8 @@ def noise(
         noise="per example" if per_example else "measure",
         noise_half_life=half_life,
     )
-    with command(output or Path("runs") / f"noise-{folder_name(task)}", threads) as (console, folder):
+    with command(output or Path("runs") / f"noise-{folder_name(task)}", task, threads) as (console, folder):
         branches = BranchOptions.of(branched, factors, branch_samples, repeats, tolerance)
         run = Run(loaded(console, task, task_option, seed), options)
-        prepare(run.task, console)
         code = branched_run(run, branches, folder, console) if branches else noise_run(run, folder, console)
     raise typer.Exit(code)

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 from rich.markup import escape
+from typer.core import TyperCommand, TyperGroup
 
 from macrobatch.cli import setup
 from macrobatch.cli.guard import Guarding
@@ -67,6 +67,40 @@ def count(least: int, help_text: str) -> Any:
     return option(help_text, parser=_at_least(least), metavar="N")
 
 
+def flag(name: str, help_text: str, **more: Any) -> Any:
+    """An option without a value, and shown without one."""
+    return typer.Option(name, help=help_text, metavar="", **more)
+
+
+def output_folder(default: str) -> Any:
+    """The option of where results go, with what it is for the command at hand where it is not given."""
+    return option(
+        f"A new folder for the results; if it holds something, FOLDER-2 and so on.  [{default}]", metavar="FOLDER"
+    )
+
+
+class Command(TyperCommand):
+    """A command whose --help is shown without a value."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """The option --help."""
+        return _without_value(super().get_help_option(ctx))
+
+
+class Commands(TyperGroup):
+    """All commands together; --help is shown without a value."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """The option --help."""
+        return _without_value(super().get_help_option(ctx))
+
+
+def _without_value(shown: Any) -> Any:
+    if shown is not None:
+        shown.metavar = ""
+    return shown
+
+
 def above_zero(text: str) -> float:
     """A finite number above 0."""
     with suppress(ValueError):
@@ -77,9 +111,11 @@ def above_zero(text: str) -> float:
 
 def _task_option(text: str) -> tuple[str, Any]:
     try:
-        return parse_task_option(text)
+        name, value = parse_task_option(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    is_truth = isinstance(value, str) and text.partition("=")[2].lower() in ("true", "false")
+    return name, value.lower() == "true" if is_truth else value
 
 
 # The options that several commands have, each with its one explanation.
@@ -103,14 +139,6 @@ Samples = Annotated[int | None, count(1, "Instead of --steps: train on this many
 Seed = Annotated[int, count(0, "Of initial weights and of the order of samples.")]
 DeviceName = Annotated[setup.Device, choice(setup.Device, "Where to compute; auto: the GPU where there is one.")]
 Threads = Annotated[int | None, count(1, "Threads of a CPU; fewer where other programs are at work.  [torch's]")]
-Output = Annotated[
-    Path | None,
-    option(
-        "A new folder for the results; if it holds something, FOLDER-2 and so on.  "
-        "[runs/TASK] for train, [runs/COMMAND-TASK] for others",
-        metavar="FOLDER",
-    ),
-]
 
 
 # Those of commands that train.

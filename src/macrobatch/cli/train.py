@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 
 from macrobatch.cli import plots
+from macrobatch.cli.errors import print_error
 from macrobatch.cli.formats import bytes_text, number_text
 from macrobatch.cli.guard import guard_entry, log_lines
 from macrobatch.cli.interrupt import CtrlC
@@ -23,14 +23,15 @@ from macrobatch.cli.progress import Progress, say
 from macrobatch.cli.rescaling import scaling_entry
 from macrobatch.cli.run import Run
 from macrobatch.cli.runfiles import UpdateLog, save_weights, write_json
-from macrobatch.cli.train_words import closing, headline
+from macrobatch.cli.train_words import closing, headline, none_applied
 from macrobatch.cli.validation import Validation, validate, validation_batches
 from macrobatch.fitting import Memory
 from macrobatch.spike_values import SpikeError
 
-Outcome = Literal["finished", "interrupted", "out of memory", "given up"]
+Outcome = Literal["finished", "no update was applied", "interrupted", "out of memory", "given up"]
 LONGEST_SEARCH = 12  # windows in which the accumulator tries sizes, two for each of six at most
-EXIT_CODE: dict[Outcome, int] = {"finished": 0, "interrupted": 130, "out of memory": 2, "given up": 2}
+# Of a run that a signal has interrupted, the signal says it.
+EXIT_CODE: dict[Outcome, int] = {"finished": 0, "no update was applied": 2, "out of memory": 2, "given up": 2}
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class Ending:
     measured_row: dict[str, Any] | None
 
     def outcome_of(self, run: Run) -> str:
-        """The outcome, and where it came to an end before its time."""
-        return self.outcome if self.outcome == "finished" else f"{self.outcome} at update {run.updates}"
+        """The outcome, and where it came to an end before its time: the last update made, or the one that was not."""
+        last = {"interrupted": run.updates, "out of memory": run.updates + 1, "given up": run.updates + 1}
+        return f"{self.outcome} at update {last[self.outcome]}" if self.outcome in last else self.outcome
 
 
 def train(run: Run, folder: Path, console: Console) -> int:
@@ -73,10 +75,12 @@ def train(run: Run, folder: Path, console: Console) -> int:
     for line in closing(run, ending, folder):
         say(console, line)
     if outcome == "out of memory":
-        console.print(f"[bold red]error:[/] {escape(run.too_large())}", soft_wrap=True)
+        print_error(run.too_large())
     if run.given_up is not None:
-        console.print(f"[bold red]error:[/] {escape(run.given_up)}", soft_wrap=True)
-    return EXIT_CODE[outcome]
+        print_error(run.given_up)
+    if outcome == "no update was applied":
+        print_error(none_applied(run))
+    return ctrl_c.exit_code if outcome == "interrupted" else EXIT_CODE[outcome]
 
 
 def _all_updates(
@@ -92,14 +96,14 @@ def _all_updates(
                 log.write(row)
                 progress.expect(sum(run.sizes))  # which a doubled batch may move
                 progress.advance(row["samples"] - progress.done, _status(run, run.rows[-10:], memory))
-                if ctrl_c.wanted:
-                    return "finished" if run.updates == len(run.sizes) else "interrupted"
+                if ctrl_c.wanted and run.updates < len(run.sizes):
+                    return "interrupted"
     except torch.OutOfMemoryError:
         return "out of memory"
     except SpikeError as error:
         run.given_up = str(error)
         return "given up"
-    return "finished"
+    return "finished" if run.applied else "no update was applied"
 
 
 def _logging(run: Run, console: Console) -> AbstractContextManager[None]:

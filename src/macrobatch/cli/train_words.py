@@ -1,7 +1,9 @@
 """What `macrobatch train` says before and after training, as lines for the terminal."""
 
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from macrobatch.cli.forecast import coupling_layer, prediction_line
 from macrobatch.cli.formats import bytes_text, counted, duration_text, number_text
@@ -89,19 +91,20 @@ def _learning_rate_line(run: Run) -> str:
 def closing(run: Run, ending: "Ending", folder: Path) -> list[str]:
     """What has happened, in lines for the terminal."""
     updates, samples = counted(len(run.sizes), "update"), counted(run.samples, "sample")
-    made = f"{run.updates} of {updates}, {samples} in {duration_text(ending.seconds)}"
-    skipped = sum(not row["applied"] and "spike" not in row for row in run.rows)
+    tried = " tried" if ending.outcome == "no update was applied" else ""
+    made = f"{run.updates} of {updates}{tried}, {samples} in {duration_text(ending.seconds)}"
+    skipped = [row for row in run.rows if not row["applied"] and "spike" not in row]
     lines = [
         f"{ending.outcome_of(run)}: {made}"
         + (f" ({run.samples / ending.seconds:.0f} samples/s)" if run.samples else "")
-        + (f"; {counted(skipped, 'update')} skipped: the gradient was not finite" if skipped else "")
+        + _skipped_text(skipped)
         + (f"; out of memory {counted(run.retries, 'time')}: run again in smaller pieces" if run.retries else "")
         + f"; peak memory {bytes_text(ending.memory.peak_bytes)} ({ending.memory.kind})"
     ]
     line = prediction_line(ending.predicted, ending.memory.update_peak, ending.measured_row)
     if line is not None:
         lines.append(line)
-    lines += [*_graph_lines(run), *guard_lines(run.guard, run.rows), *_growth(run)]
+    lines += [*_norm_lines(run), *_graph_lines(run), *guard_lines(run.guard, run.rows), *_growth(run)]
     if ending.validation is not None:
         metrics = "".join(f", {name} {number_text(value, 4)}" for name, value in ending.validation.metrics.items())
         lines.append(
@@ -112,6 +115,53 @@ def closing(run: Run, ending: "Ending", folder: Path) -> list[str]:
     written = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     lines.append(f"{', '.join(written)} in {folder}")
     return lines
+
+
+def _skipped_text(skipped: Sequence[Mapping[str, Any]]) -> str:
+    if not skipped:
+        return ""
+    first = skipped[0]["update"]
+    which = f"update {first}" if len(skipped) == 1 else f"update {first} first"
+    no_terms = [math.isfinite(row["grad_norm"]) for row in skipped]
+    why = "the loss had no terms" if all(no_terms) else "the gradient was not finite"
+    if any(no_terms) and not all(no_terms):
+        why += ", or the loss had no terms"
+    return f"; {counted(len(skipped), 'update')} skipped: {why} ({which})"
+
+
+def none_applied(run: Run) -> str:
+    """Why no update of the run was applied, as far as the numbers of the first one tell."""
+    first = run.rows[0]
+    loss, norm = first["loss"], first["grad_norm"]
+    if math.isfinite(norm):
+        why = "the loss had no terms to average over: look at what it counts, its loss_weight"
+    elif not math.isfinite(loss):
+        why = "neither is finite: look for NaN and infinities in the data, and in what the loss does"
+    else:
+        why = "the gradient of a finite loss is not finite: look for a root, a logarithm or a division at 0"
+        if run.scaler is not None:
+            why += "; or fp16 overflows, which it does until the loss scale has come down: give more --steps, or bf16"
+    return (
+        f"no update was applied: {counted(run.updates, 'update')} skipped, from update {first['update']} on, where the "
+        f"loss was {number_text(loss)} and the gradient norm {number_text(norm)}. {why[0].upper()}{why[1:]}"
+    )
+
+
+def _norm_lines(run: Run) -> list[str]:
+    """That a model was another one than was asked for, where memory ran out and layers see the whole micro-batch."""
+    layer, size = coupling_layer(run.model), run.given_size
+    if layer is None or size is None:
+        return []
+    lowered = [row for row in run.rows if row["micro_batches"] > -(-row["batch_size"] // size)]
+    if not lowered:
+        return []
+    fewest = min(row["batch_size"] // row["micro_batches"] for row in lowered)
+    which = "update" if len(lowered) == 1 else "first in update"
+    return [
+        f"note: memory ran out, and in {counted(len(lowered), 'update')} ({which} {lowered[0]['update']}) {layer} "
+        f"normalised over micro-batches of as few as {fewest} instead of {size}: another model than was asked for, "
+        "which more --max-memory would train"
+    ]
 
 
 def _graph_lines(run: Run) -> list[str]:
