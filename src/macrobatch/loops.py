@@ -27,7 +27,7 @@ from macrobatch.recovery import is_out_of_memory
 from macrobatch.structure import Nested
 from macrobatch.sums import ratio
 from macrobatch.tally import CountFn, count_window
-from macrobatch.weighting import LOSS, _ignore_label
+from macrobatch.weighting import LOSS, ignore_label
 
 Share = Any  # a number or a tensor of shape (), or {name: share} where count= names several
 
@@ -222,7 +222,7 @@ def _warn_of_ignored(window: Window) -> None:
     No error, as the Accumulator gives: a loss that is a mean within each sample is right here, and looks the same.
     """
     for path, leaf in leaves(next(iter(window), ()), "batch"):
-        label = _ignore_label(leaf) if isinstance(leaf, Tensor) and leaf.is_cpu else None
+        label = ignore_label(leaf) if isinstance(leaf, Tensor) and leaf.is_cpu else None
         if label is None:
             continue
         ignored = "" if label == -100 else f", ignore_index={label}"

@@ -136,7 +136,7 @@ def known(weight: Count) -> float | None:
 def refuse_bare_token_mean(micro_batch: Nested) -> None:
     """ValueError if `micro_batch` holds ignore labels: a bare scalar is then almost surely a mean over valid tokens."""
     for path, leaf in leaves(micro_batch, "batch"):
-        label = _ignore_label(leaf) if isinstance(leaf, Tensor) else None
+        label = ignore_label(leaf) if isinstance(leaf, Tensor) else None
         if label is None:
             continue
         count = f"macrobatch.valid_tokens({path}, ignore_index={label}"
@@ -153,7 +153,7 @@ def refuse_bare_token_mean(micro_batch: Nested) -> None:
         )
 
 
-def _ignore_label(leaf: Tensor) -> int | None:
+def ignore_label(leaf: Tensor) -> int | None:
     """The label by which `leaf` ignores positions: its only negative value, as in -100 or -1; else None."""
     if leaf.dtype not in (torch.int64, torch.int32) or leaf.numel() == 0:
         return None
