@@ -397,7 +397,7 @@ def test_a_list_of_samples_of_one_length_is_refused_rather_than_cut_through_them
         num_samples(batch)
     if count == 6:
         with pytest.raises(ValueError, match=WAY_OUT):
-            split(batch, [2, 4])
+            split(batch, [2, 4], n=6)
     else:
         assert same(split(batch, [1, count - 1], n=count), [batch[:1], batch[1:]]), "a number that is given decides"
 
@@ -436,6 +436,17 @@ def test_what_the_default_collation_makes_of_nested_samples_is_cut_inside() -> N
     flags = {"x": rows(3), "masks": (rows(2, 5), 0, rows(4, 5))}
     assert [len(part["masks"]) for part in split(flags, [1, 2])] == [1, 2], "below the root a label is an element too"
     assert num_samples(((rows(4), rows(4)), (rows(4), rows(4)))) == 4
+
+
+def test_one_sample_of_one_row_is_one_sample_in_either_reading() -> None:
+    assert num_samples([(rows(1), 3)]) == num_samples([{"ids": rows(1)}]) == 1
+    assert same(split([(rows(1), 3)], [1]), [[(rows(1), 3)]])
+
+
+def test_entries_without_a_tensor_are_no_samples() -> None:
+    columns = [(rows(5), rows(7), rows(6)), (None, None, None)]
+    assert num_samples(columns) == 3
+    assert [len(part[0]) for part in split(columns, [1, 2])] == [1, 2]
 
 
 def test_states_below_the_root_keep_their_batch_dimension_inside() -> None:
