@@ -6,6 +6,7 @@ Started through all_ranks.py; imports nothing from pytest, so that a child proce
 import datetime
 import faulthandler
 import gc
+import itertools
 import os
 import sys
 import traceback
@@ -555,9 +556,10 @@ def a_forward_that_failed_after_its_buffers_were_broadcast_runs_again_without_a_
     accumulator = mb.Accumulator(ddp, token_sum, micro_batch_size=3)
     for window in range(3):
         clear(model)
-        fails[:] = [True] if window and dist.get_rank() == 0 else []
+        fails_here = window > 0 and dist.get_rank() == (0 if window == 1 else world - 1)  # who sends, and who receives
+        fails[:] = [True] if fails_here else []
         report = accumulator.run(share_of(batch, sizes))
-        assert report.retries == (1 if window and dist.get_rank() == 0 else 0)
+        assert report.retries == int(fails_here)
         close(gradients(model), expected)
 
 
@@ -651,6 +653,167 @@ def micro_batches_are_measured_over_all_ranks(world: int) -> None:
                 for column in zip(*squares, strict=True)
             ]
             close(list(report.mean_squares), means)
+
+
+class Branched(nn.Module):
+    """A `branch` beside the main way, taken where the first entry of the first sample is positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.main = nn.Linear(4, 3)
+        self.branch = nn.Linear(4, 3)
+        self.head = nn.Linear(3, 1)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.main(x)
+        return self.head((hidden + self.branch(x) if float(x[0, 0]) > 0 else hidden).tanh())
+
+
+def square_sum(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+    return model(x).square().sum(), len(x)
+
+
+def branched_samples(takes_branch: Callable[[int, int], bool], world: int) -> list[list[Tensor]]:
+    """For each rank its micro-batches of 2 samples, of which j takes the branch where `takes_branch(rank, j)`."""
+    generator = torch.Generator().manual_seed(5)
+    everyone = [list(torch.randn(3 + rank, 2, 4, generator=generator).double()) for rank in range(world)]
+    for rank, mine in enumerate(everyone):
+        for j, x in enumerate(mine):
+            x[:, 0] = x[:, 0].abs() * (1 if takes_branch(rank, j) else -1)
+    return everyone
+
+
+def same_on_every_rank(mine: list[Tensor | None]) -> None:
+    flat = torch.cat([g.flatten() for g in mine if g is not None])
+    first = flat.clone()
+    dist.broadcast(first, 0)
+    assert torch.equal(flat, first)
+
+
+def right_with_the_branch_taken_where(takes_branch: Callable[[int, int], bool], world: int) -> None:
+    everyone = branched_samples(takes_branch, world)
+    num_samples = sum(2 * len(mine) for mine in everyone)
+    window = mb.Window(everyone[dist.get_rank()])
+    for options in ({}, {"gradient_as_bucket_view": True}):
+        model = Branched()
+        expected = reference(
+            model, lambda m=model: sum(square_sum(m, x)[0] for mine in everyone for x in mine) / num_samples
+        )
+        assert all(g is not None for g in expected)
+        ddp = DDP(model, **options)
+        accumulator = mb.Accumulator(ddp, square_sum)
+        for run_by, set_to_none in itertools.product(("run", "own loop"), (True, False, True)):
+            model.zero_grad(set_to_none=set_to_none)  # zeros may lie in DDP's buckets, which it rebuilds once
+            if run_by == "own loop":
+                with mb.accumulate(window, ddp) as steps:
+                    for x, share in steps:
+                        (square_sum(ddp, x)[0] * share).backward()
+            else:
+                assert accumulator.run(window).num_samples == num_samples
+            close(gradients(model), expected)
+            same_on_every_rank(gradients(model))
+
+
+def a_parameter_that_the_last_micro_batch_does_not_reach_is_right(world: int) -> None:
+    right_with_the_branch_taken_where(lambda rank, j: j == 0, world)
+
+
+def a_parameter_that_one_rank_alone_reaches_is_right(world: int) -> None:
+    right_with_the_branch_taken_where(lambda rank, j: j == 1 and rank == world - 1, world)
+
+
+def a_parameter_of_ddp_that_no_rank_reaches_ends_with_zeros_unless_ddp_looks_for_it(world: int) -> None:
+    everyone = branched_samples(lambda rank, j: False, world)
+    window = mb.Window(everyone[dist.get_rank()])
+    for options, overlap, is_none in (
+        ({}, True, False),
+        ({}, False, True),
+        ({"find_unused_parameters": True}, True, True),
+    ):
+        model = Branched()
+        accumulator = mb.Accumulator(DDP(model, **options), square_sum, overlap=overlap)
+        for _ in range(3):
+            clear(model)
+            accumulator.run(window)
+            assert all((p.grad is None) == is_none for p in model.branch.parameters())
+            assert is_none or not any(p.grad.any() for p in model.branch.parameters())
+
+
+def a_parameter_frozen_after_ddp_was_made_is_an_error_that_names_it(world: int) -> None:
+    everyone = branched_samples(lambda rank, j: True, world)
+    window = mb.Window(everyone[dist.get_rank()])
+    model = Branched()
+    ddp = DDP(model)
+    model.branch.requires_grad_(False)
+    refused(ValueError, "'branch.weight'", lambda: mb.Accumulator(ddp, square_sum).run(window))
+    assert all(p.grad is None for p in model.parameters())
+    model = Branched()
+    ddp = DDP(model)
+    ddp._check_reducer_finalized = None  # a torch without it: then the error is torch's own, one window later
+    model.branch.requires_grad_(False)
+    accumulator = mb.Accumulator(ddp, square_sum)
+    accumulator.run(window)
+    clear(model)
+    refused(RuntimeError, "Expected to have finished reduction", lambda: accumulator.run(window))
+    model = Branched()
+    model.branch.requires_grad_(False)  # frozen before: DDP does not wait for it
+    expected = reference(
+        model,
+        lambda: (
+            sum(square_sum(model, x)[0] for mine in everyone for x in mine) / sum(2 * len(mine) for mine in everyone)
+        ),
+    )
+    mb.Accumulator(DDP(model), square_sum).run(window)
+    close(gradients(model), expected)
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what is sent: the calls of c10d's operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: object, types: object, args: object = (), kwargs: object = None) -> object:
+        self.count += str(func).startswith("c10d.")
+        return func(*args, **(kwargs or {}))
+
+
+def without_a_process_group_a_ddp_model_stays_in_this_process(world: int) -> None:
+    batch, sizes = everything(sum(sizes_for(world))), sizes_for(world)
+    mine = share_of(batch, sizes)
+    model = tagger()  # with a buffer, which DDP would broadcast in each forward
+    ddp = DDP(model)
+    alone = mb.Accumulator(ddp, token_sum, micro_batch_size=2, process_group=None)
+    together = mb.Accumulator(ddp, token_sum, micro_batch_size=2)
+    everyones, own = expected_for(model, batch), expected_for(model, mine)
+    with Collectives() as control:
+        together.run(mine)
+    assert control.count > 0
+    close(gradients(model), everyones)
+    clear(model)
+    ddp(mine["tokens"]).sum().backward()  # in whose forward DDP sends its new order of buckets
+    with Collectives() as sent:
+        for _ in range(1 + dist.get_rank()):  # what ranks send to one another they would have to do equally often
+            clear(model)
+            model.calls.fill_(dist.get_rank())
+            report = alone.run(mine)
+            assert alone.evaluate(mine).num_samples == report.num_samples == len(mine["tokens"])
+            assert float(model.calls) == dist.get_rank()
+            close(gradients(model), own)
+            clear(model)
+            with mb.accumulate(
+                mb.Window([mine]).cut(2), ddp, lambda b: mb.valid_tokens(b["labels"]), process_group=None
+            ) as steps:
+                for micro_batch, share in steps:
+                    (token_sum(ddp, micro_batch)[0] * share).backward()
+            close(gradients(model), own)
+    assert sent.count == 0
+    assert ddp.require_forward_param_sync
+    assert ddp.require_backward_grad_sync
+    clear(model)
+    together.run(mine)
+    close(gradients(model), everyones)
 
 
 def control_the_textbook_loop_is_wrong_by_more_than_a_tenth(world: int) -> None:

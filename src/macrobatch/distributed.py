@@ -1,12 +1,12 @@
 """Who talks when: sums and agreement over ranks, and the reduction of a window's gradients.
 
 One process is the same code with a group of one. Gradients of parameters inside a DistributedDataParallel are reduced
-by it, once per window, overlapped with the last micro-batch's backward. Everything else is reduced explicitly after
-it: parameters outside of DDP (a temperature in the loss), gradients kept in float32 that DDP's buckets reject, and all
-of them in a window in which some rank has no micro-batch.
+by it, once per window, overlapped with the last micro-batch's backward, and right after it where that backward does not
+reach them. Everything else is reduced explicitly, later: parameters outside of DDP (a temperature in the loss),
+gradients kept in float32 that DDP's buckets reject, and all of them in a window in which some rank has no micro-batch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Literal
 
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import TensorWeakRef
 
 Auto = Literal["auto"]
 AUTO: Auto = "auto"
@@ -94,6 +95,8 @@ class Ranks:
 class GradientReduction:
     """Within the context, DDP communicates only in the micro-batch announced as the last; `finish` does the rest.
 
+    In a group of one it never does, nor where `ranks` are this process alone.
+
     `overlaps`: whether DDP may reduce in the last backward: not where a rank has no micro-batch, nor where gradients
     are of another dtype than the parameters. What DDP was set to is put back at the end.
     """
@@ -101,10 +104,12 @@ class GradientReduction:
     def __init__(
         self, replicas: Sequence[DistributedDataParallel], ranks: Ranks, overlaps: bool, everyone_runs: bool
     ) -> None:
-        self._replicas = replicas if ranks.size > 1 else ()
+        # In a group of one a static graph is left to DDP, which cannot be told to wait and talks to nobody.
+        self._replicas = [ddp for ddp in replicas if not ddp.static_graph or _has_others(ddp)]
         self._ranks = ranks
-        self._overlaps = overlaps and everyone_runs
+        self._overlaps = overlaps and everyone_runs and ranks.size > 1
         self._everyone_runs = everyone_runs
+        self._awaited: list[tuple[nn.Parameter, Callable[[], Tensor | None], int | None]] = []
 
     def __enter__(self) -> "GradientReduction":
         if torch.is_grad_enabled() and any(ddp.static_graph for ddp in self._replicas):
@@ -116,7 +121,9 @@ class GradientReduction:
         self._before = [(ddp.require_backward_grad_sync, ddp.require_forward_param_sync) for ddp in self._replicas]
         for ddp in self._replicas:
             ddp.require_backward_grad_sync = False
-            if not self._everyone_runs:  # a rank without a forward would be missing in what DDP communicates there
+            if self._ranks.size == 1:
+                ddp.require_forward_param_sync = False  # DDP's group may have other ranks, which hear nothing of this
+            elif not self._everyone_runs:  # a rank without a forward would be missing in what DDP communicates there
                 ddp.require_forward_param_sync = False  # the broadcast of buffers
                 ddp.reducer._rebuild_buckets()  # the new order of buckets, once after the first reduction
         return self
@@ -134,6 +141,8 @@ class GradientReduction:
             ddp.require_backward_grad_sync = is_last and self._overlaps
             if is_retry:
                 ddp.require_forward_param_sync = False  # the first try has broadcast the buffers
+        if is_last:
+            self._await()
 
     def prepare(self, losses: Sequence[Tensor]) -> None:
         """DDP reduces in the backward of these losses, the window's last one on this rank, which begins now.
@@ -146,6 +155,34 @@ class GradientReduction:
             ddp.reducer.prepare_for_forward()
             finds_unused = ddp.find_unused_parameters and not ddp.static_graph
             ddp.reducer.prepare_for_backward(list(losses) if finds_unused else [])
+        self._await()
+
+    def _await(self) -> None:
+        """From here on the count of changes of `p.grad` tells whether the last backward has reached the parameter."""
+        replicas = [ddp for ddp in self._replicas if not ddp.find_unused_parameters] if self._overlaps else []
+        self._awaited = []
+        for p in (p for ddp in replicas for p in _reduced_by(ddp) if p.requires_grad):
+            if p.grad is None:
+                self._awaited.append((p, lambda: None, None))
+                continue
+            if p.grad._base is not None:
+                p.grad = p.grad.data  # the same memory with a count of its own: views of DDP's buckets share one
+            self._awaited.append((p, TensorWeakRef(p.grad), p.grad._version))  # weak: DDP may put views in their place
+
+    def complete(self) -> None:
+        """After the last backward, before ranks say anything else: DDP reduces also what this backward did not reach.
+
+        DDP waits for every parameter, and other ranks for DDP. Adding zeros to those that only earlier micro-batches
+        reached, or none, tells it that they are ready. ValueError if it waits for a parameter frozen since it was made.
+        """
+        awaited, self._awaited = self._awaited, []
+        missed = [
+            p for p, before, count in awaited if p.grad is before() and (p.grad is None or p.grad._version == count)
+        ]
+        if missed:
+            _add_zeros(missed)
+        for ddp in self._replicas if awaited else ():
+            _refuse_unfinished(ddp)
 
     @property
     def is_communicating(self) -> bool:
@@ -162,7 +199,9 @@ class GradientReduction:
         """
         if self._ranks.size == 1:
             return [([g for g in gradients if g is not None], 1)]
+        self.complete()  # unless it was called before something else was sent
         by_ddp = {id(p) for ddp in self._replicas for p in _reduced_by(ddp)} if self._overlaps else set()
+        gradients[:] = [p.grad if id(p) in by_ddp else g for p, g in zip(parameters, gradients, strict=True)]
         rest = [j for j, p in enumerate(parameters) if id(p) not in by_ddp]
         _sum_gradients(parameters, gradients, rest, self._ranks)
         averaged = [g for p, g in zip(parameters, gradients, strict=True) if g is not None and id(p) in by_ddp]
@@ -172,10 +211,32 @@ class GradientReduction:
         """Other ranks' DDP waits for this rank's last backward: it takes part with zero gradients."""
         for ddp in self._replicas if self._overlaps else ():
             parameters = [p for p in _reduced_by(ddp) if p.requires_grad]
-            outputs = [p.view_as(p) for p in parameters]
             ddp.reducer.prepare_for_forward()
-            ddp.reducer.prepare_for_backward(outputs)
-            torch.autograd.backward(outputs, [torch.zeros_like(p) for p in parameters])
+            ddp.reducer.prepare_for_backward([p.view_as(p) for p in parameters])
+            _add_zeros(parameters)
+
+
+def _add_zeros(parameters: Sequence[nn.Parameter]) -> None:
+    """Zeros have arrived at `p.grad` in a backward, as DDP sees it."""
+    torch.autograd.backward([p.view_as(p) for p in parameters], [torch.zeros_like(p) for p in parameters])
+
+
+def _refuse_unfinished(ddp: DistributedDataParallel) -> None:
+    check = getattr(ddp, "_check_reducer_finalized", None)  # without it DDP's next forward raises an error of its own
+    try:
+        if check is not None:
+            check()
+    except RuntimeError as error:
+        frozen = [name for name, p in ddp.module.named_parameters() if not p.requires_grad]
+        raise ValueError(
+            "DistributedDataParallel still waits for gradients after the last backward, as it does for parameters that "
+            f"required one when it was made and no longer do; now {len(frozen)} require none, the first of them "
+            f"{frozen[:3]}. Freeze parameters before DDP is made, or give it find_unused_parameters=True"
+        ) from error
+
+
+def _has_others(ddp: DistributedDataParallel) -> bool:
+    return dist.get_world_size(ddp.process_group) > 1
 
 
 def _reduced_by(ddp: DistributedDataParallel) -> Iterable[nn.Parameter]:
