@@ -109,6 +109,8 @@ def test_a_window_fills_while_it_runs_exactly_one_micro_batch_ahead(micro_batch_
 
 def test_a_window_of_a_window_keeps_sizes_that_only_its_maker_knows() -> None:
     window = mb.Window(iter(["abc", "d"]), num_samples=len)
+    assert mb.Window(window).is_filled
+    assert window.is_filled
     assert mb.Window(window).micro_batch_sizes == (3, 1)
     assert list(mb.Window(window)) == ["abc", "d"]
 

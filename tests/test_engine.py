@@ -163,7 +163,12 @@ def does_nothing(*arguments: Any, **options: Any) -> None:
     """An engine that was moved elsewhere."""
 
 
-@pytest.mark.parametrize("engine", [None, takes_other_arguments, does_nothing])
+def takes_no_seeds(outputs: Any, seeds: Any, *arguments: Any, **options: Any) -> Any:
+    """An engine whose second argument means something else."""
+    return torch.autograd.backward(outputs)
+
+
+@pytest.mark.parametrize("engine", [None, takes_other_arguments, does_nothing, takes_no_seeds])
 def test_without_the_engine_that_is_known_the_public_function_does_it(
     engine: Engine | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,6 +159,52 @@ def test_bf16_parameters_are_measured_in_float32() -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in model.parameters())
 
 
+def test_what_bf16_parameters_measure_of_the_window_is_the_float32_sum() -> None:
+    (inputs, targets), squared_norms = batch_of(), []
+    for grad_dtype in (None, torch.float32):
+        model = model_of(torch.bfloat16)
+        accumulator = mb.Accumulator(model, mean, measure="norms", grad_dtype=grad_dtype)
+        moments = accumulator.run(window_of((inputs.bfloat16(), targets))).moments
+        assert moments is not None
+        squared_norms.append((float(moments.squared_norm), squared([p.grad for p in model.parameters()])))  # type: ignore[misc]
+    (rounded, of_bf16), (whole, of_float32) = squared_norms
+    assert rounded == whole == pytest.approx(of_float32, rel=1e-6)
+    assert of_bf16 != pytest.approx(whole, rel=1e-5), "control: rounded once, in the end"
+
+
+def test_a_window_that_is_added_to_gradients_from_before_is_measured_by_itself() -> None:
+    accumulator = mb.Accumulator(model_of(), mean, measure="squares")
+    first, second = (accumulator.run(window_of(batch_of()), add=add) for add in (False, True))
+    assert first.moments is not None
+    assert second.moments is not None
+    assert float(second.moments.squared_norm) == pytest.approx(float(first.moments.squared_norm), rel=1e-12)
+    assert second.mean_squares is not None
+    assert first.mean_squares is not None
+    for mine, theirs in zip(second.mean_squares, first.mean_squares, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-12)  # type: ignore[arg-type]
+
+
+def test_squares_of_complex_gradients_are_those_of_their_absolute_values() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4, dtype=torch.complex128)
+    window = window_of((torch.randn(sum(SIZES), 6, dtype=torch.complex128), batch_of()[1]))
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        return model(batch[0]).abs().square().mean()
+
+    weights, means = brute_force(model, loss_fn, window)
+    report = mb.Accumulator(model, loss_fn, measure="squares").run(window)
+    assert report.mean_squares is not None
+    for j, square in enumerate(report.mean_squares):
+        expected = sum(weight / sum(weights) * g[j].abs().square() for weight, g in zip(weights, means, strict=True))
+        assert square is not None
+        assert not square.is_complex()
+        assert torch.allclose(square, expected, rtol=1e-11, atol=0)  # type: ignore[arg-type]
+    assert report.moments is not None
+    q = [sum(float(g.abs().square().sum()) for g in gradient) for gradient in means]
+    assert report.moments.squared_norms.tolist() == pytest.approx(q, rel=1e-11)
+
+
 def test_sparse_gradients_are_measured() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.EmbeddingBag(7, 3, sparse=True), nn.Linear(3, 4)).double()

@@ -1,5 +1,6 @@
 """Low precision: float32 sums of bf16 gradients, float16 with a GradScaler, and what each would lose without."""
 
+import gc
 import math
 
 import pytest
@@ -223,6 +224,17 @@ def test_a_hundred_windows_before_one_update_share_a_scaler() -> None:
     scaler = torch.amp.GradScaler("cpu")
     accumulator = mb.Accumulator(model, tokens_loss, micro_batch_size=32, autocast=torch.float16, scaler=scaler)
     for _ in range(100):
+        report = accumulator.run(batch, add=True)
+    assert mb.apply_update(torch.optim.SGD(model.parameters(), lr=1e-3), report).applied
+
+
+def test_a_scaler_takes_windows_whose_optimizers_have_gone_for_windows_of_others() -> None:
+    """It knows optimizers by id, and garbage that is collected between two windows frees ids for the next one."""
+    model, batch = half_model()
+    scaler = torch.amp.GradScaler("cpu")
+    accumulator = mb.Accumulator(model, tokens_loss, micro_batch_size=32, autocast=torch.float16, scaler=scaler)
+    for _ in range(20):
+        gc.collect()
         report = accumulator.run(batch, add=True)
     assert mb.apply_update(torch.optim.SGD(model.parameters(), lr=1e-3), report).applied
 

@@ -117,13 +117,15 @@ def test_control_where_random_numbers_went_back_behind_the_loader_samples_would_
     assert distinct_samples(make)[0] < 32
 
 
-def noisy_loss(drawn: list[Tensor], at: int) -> Callable[[nn.Module, Tensor], tuple[Tensor, int]]:
-    failing = Failing(at, in_backward=True)
+def noisy_loss(drawn: list[Tensor], at: set[int]) -> Callable[[nn.Module, Tensor], tuple[Tensor, int]]:
+    """A loss that draws a number for each sample; the backwards with the numbers `at`, counted from 1, fail."""
 
     def loss_fn(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
         drawn.append(torch.rand(len(x)))
-        total, n = failing(model, x)
-        return total * drawn[-1].mean(), n
+        out = model(x)
+        if len(drawn) in at:
+            out.register_hook(no_memory)
+        return (out.squeeze(1).square() * drawn[-1]).sum(), len(x)
 
     return loss_fn
 
@@ -131,11 +133,13 @@ def noisy_loss(drawn: list[Tensor], at: int) -> Callable[[nn.Module, Tensor], tu
 @pytest.mark.parametrize("fills", [False, True])
 def test_what_forwards_drew_is_drawn_again_where_the_window_runs_again_from_zero(fills: bool) -> None:
     drawn: list[Tensor] = []
-    accumulator = mb.Accumulator(coupled(), noisy_loss(drawn, at=3), batch_norm="micro_batch")
-    micro_batches = list(torch.randn(16, 4).split(4))  # drawn beforehand: a loader that draws nothing
+    accumulator = mb.Accumulator(coupled(), noisy_loss(drawn, at={3, 8}), batch_norm="micro_batch")
+    micro_batches = list(torch.randn(32, 4).split(8))  # drawn beforehand: a loader that draws nothing
     accumulator.run(mb.Window(iter(micro_batches) if fills else micro_batches))
-    assert [len(d) for d in drawn] == [4, 4, 4] + [2] * 8
-    assert torch.equal(torch.cat(drawn[:2]), torch.cat(drawn[3:7]))
+    assert [len(d) for d in drawn] == [8] * 3 + [4] * 5 + [2] * 16
+    first, second, third = torch.cat(drawn[:2]), torch.cat(drawn[3:8]), torch.cat(drawn[8:])
+    assert torch.equal(first, second[:16])
+    assert torch.equal(second, third[:20])
 
 
 def test_a_window_without_draws_between_others_changes_nothing_for_them() -> None:

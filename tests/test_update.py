@@ -118,7 +118,7 @@ def test_an_update_is_the_optimizers_own_step(name: str, options: dict[str, Any]
     assert not same_state(values(mine), start), "control: it moved"
 
 
-@pytest.mark.parametrize("max_norm", [None, 0.01])
+@pytest.mark.parametrize("max_norm", [None, 0.01, 100.0])
 def test_sparse_adam_steps_along_accumulated_sparse_gradients(max_norm: float | None) -> None:
     tokens = torch.tensor([[1, 2], [2, 2], [5, 1], [0, 2], [5, 5]])
 

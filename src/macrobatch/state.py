@@ -168,7 +168,6 @@ class Buffers:
                     "that ran out of memory, and had never changed before, so no copy was kept. Start with a smaller "
                     "micro_batch_size"
                 )
-        self._held = self._now()
 
     def _now(self) -> list[tuple[Tensor | None, int | None]]:
         buffers = [module._buffers.get(name) for module, name in self.slots]
