@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from macrobatch.cli.errors import said_where, short_errors, traceback_kept
 from macrobatch.cli.interrupt import Terminated, exit_code, terminate
 from macrobatch.cli.preparing import busy
+from macrobatch.cli.progress import say
 from macrobatch.cli.runfiles import new_folder, release
 from macrobatch.tasks import Task, load_task
 
@@ -52,7 +52,7 @@ def command(wanted: Path, task_name: str, threads: int | None = None) -> Iterato
             written = sorted(path.name for path in folder.iterdir() if path.name[0] != ".")  # all but its run's mark
             kept = f"{', '.join(written)} in {folder}" if written else "nothing was written"
             word = "terminated" if is_terminated else "interrupted"
-            Console(stderr=True, highlight=False).print(f"{word}: {escape(kept)}", soft_wrap=True)
+            say(Console(stderr=True, highlight=False), f"{word}: {kept}")
             raise typer.Exit(exit_code(signal.SIGTERM if is_terminated else signal.SIGINT)) from None
         finally:
             signal.signal(signal.SIGTERM, before)

@@ -101,7 +101,7 @@ def _place(below: Sequence[Step], package: str) -> Step | None:
     if theirs and not any(step.package in CALLED_HERE for step in below):
         return theirs[-1]
     if below and below[0].module.startswith(PARTS_OF_A_TASK):
-        return [step for step in below if not step.is_passing][-1]
+        return [step for step in below if step.module.startswith(PARTS_OF_A_TASK)][-1]
     return None
 
 

@@ -17,8 +17,9 @@ LONGEST = 400  # characters of an error's own text in a line: the file with the 
 
 
 def print_error(text: str) -> None:
-    """A line on stderr, where every error goes: stdout is for what a command found."""
-    Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+    """A line on stderr, where every error goes: stdout is for what a command found. Wrapped as in `say`."""
+    console = Console(stderr=True, highlight=False)
+    console.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=not console.is_terminal)
 
 
 @contextmanager

@@ -88,7 +88,15 @@ class Command(TyperCommand):
 
 
 class Commands(TyperGroup):
-    """All commands together; --help is shown without a value."""
+    """All commands together; --help is shown without a value, and Ctrl-C outside of their work is a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """What the command returns."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # while it imports what it needs: at work, `command` has answered
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
 
     def get_help_option(self, ctx: Any) -> Any:
         """The option --help."""
