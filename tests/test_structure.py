@@ -389,8 +389,26 @@ def test_a_list_of_samples_of_unlike_length_is_cut_between_them(name: str, count
     assert same(join(parts, [1] * count), batch)
 
 
+LABELLED = [
+    name
+    for name, sample in SAMPLES.items()
+    if name not in ("dict", "tuple with a dict", "image and token labels", "dataclass", "tuple with a dict or none")
+    and name != "tuple with a label or none"
+]
+
+
 @pytest.mark.parametrize("count", [1, 2, 4, 6])
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", LABELLED)
+def test_a_list_of_samples_of_one_length_with_a_label_in_each_is_cut_between_them(name: str, count: int) -> None:
+    batch = [SAMPLES[name](rows(6), j) for j in range(count)]
+    assert num_samples(batch) == count
+    parts = split(batch, [1] * count)
+    assert same(parts, [[sample] for sample in batch])
+    assert same(join(parts, [1] * count), batch)
+
+
+@pytest.mark.parametrize("count", [3, 4, 6])
+@pytest.mark.parametrize("name", [name for name in SAMPLES if name not in LABELLED])
 def test_a_list_of_samples_of_one_length_is_refused_rather_than_cut_through_them(name: str, count: int) -> None:
     batch = [SAMPLES[name](rows(6), j) for j in range(count)]
     with pytest.raises(ValueError, match=rf"may hold 6 samples.* or {count}, the length of a list.*{WAY_OUT}"):
@@ -400,6 +418,14 @@ def test_a_list_of_samples_of_one_length_is_refused_rather_than_cut_through_them
             split(batch, [2, 4], n=6)
     else:
         assert same(split(batch, [1, count - 1], n=count), [batch[:1], batch[1:]]), "a number that is given decides"
+
+
+def test_one_or_two_tuples_of_tensors_in_a_list_are_records_and_dicts_are_refused() -> None:
+    for batch in ([(rows(5), rows(5, 2))], [(rows(5), rows(5, 2)), (rows(5), rows(5, 2))], [Pair(rows(5), rows(5, 3))]):
+        assert num_samples(batch) == 5
+        assert [len(t) for t in tensors(split(batch, [2, 3])[1])] == [3] * sum(1 for _ in tensors(batch))
+    with pytest.raises(ValueError, match=WAY_OUT):
+        num_samples([{"x": rows(5), "y": 1}, {"x": rows(5), "y": 2}])
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -493,25 +519,17 @@ def gradients(model: nn.Module, loss: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("loader", [True, False])
-def test_a_list_of_pairs_gives_the_gradient_of_the_full_batch_or_says_how(alike: bool, loader: bool) -> None:
+def test_a_list_of_pairs_gives_the_gradient_of_the_full_batch(alike: bool, loader: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 3)).double()
     samples = [(torch.randint(20, (12 if alike else 3 + j,)), j % 3) for j in range(10)]
     loss, count = token_loss(model, samples)
     whole = gradients(model, loss / count)
 
-    def run(**options: Any) -> list[int]:
-        model.zero_grad()
-        accumulator = mb.Accumulator(model, token_loss, micro_batch_size=4, **options)
-        data = DataLoader(samples, batch_size=5, collate_fn=list)
-        (window,) = mb.windows(data, accumulation_steps=2, **options) if loader else [samples]
-        return list(accumulator.run(window).micro_batch_sizes)
-
-    if alike:
-        with pytest.raises(ValueError, match=WAY_OUT):
-            run()
-    own = {"cut": lambda batch, start, stop: batch[start:stop], "num_samples": len} if alike else {}
-    assert run(**own) == ([3, 2, 3, 2] if loader else [4, 3, 3])
+    accumulator = mb.Accumulator(model, token_loss, micro_batch_size=4)
+    data = DataLoader(samples, batch_size=5, collate_fn=list)
+    (window,) = mb.windows(data, accumulation_steps=2) if loader else [samples]
+    assert accumulator.run(window).micro_batch_sizes == ((3, 2, 3, 2) if loader else (4, 3, 3))
     mine = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     assert (mine - whole).abs().max() <= 1e-12 * whole.abs().max()
 

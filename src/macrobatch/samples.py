@@ -4,7 +4,7 @@ No leaf alone says which of its dimensions is that of the batch: first dimension
 all of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
@@ -107,7 +107,7 @@ def lists_of_samples(batch: Nested, n: int) -> set[int]:
     """
     if isinstance(batch, list) and len(batch) == n and _may_be_samples(batch):
         shared, is_collated = _shared(batch), _is_collated(batch)
-        if n == shared and n > 1 and not is_collated:
+        if n == shared and n > 1 and not is_collated and not _are_labelled(batch):
             raise ValueError(_open_message(batch))
         if n != shared or not is_collated:
             return {id(batch)}
@@ -169,7 +169,7 @@ def _number_of_entries(batch: Nested) -> int | None:
     if not _may_be_samples(batch) or _is_collated(batch):
         return None
     shared = _shared(batch)
-    if shared is None or shared == len(batch) == 1:
+    if shared is None or shared == len(batch) == 1 or _are_labelled(batch):
         return len(batch)
     raise ValueError(_open_message(batch))
 
@@ -218,13 +218,20 @@ def _are_columns(batch: Nested) -> bool:
 def _is_collated(batch: Nested) -> bool:
     """Whether a collation makes such a batch: torch's own makes lists of tensors, and lists of lists of tensors.
 
-    It leaves no label a number or a tensor without dimensions. A tuple is a record, unless it holds such labels.
+    It leaves no label a number or a tensor without dimensions. A tuple is a record, unless it holds such labels, and
+    so is a list of at most two (two views, two tasks).
     """
     if are_of_one_kind(batch):
         return _stacked(batch) is not None and not _may_be_images(batch)
     if type(batch) is tuple:
         return not any(map(is_labelled, batch)) or _stacked(batch) is None
-    return isinstance(batch[0], list) and not any(map(is_labelled, batch)) and _stacked(batch) is not None
+    may_be = isinstance(batch[0], list) or (len(batch) <= 2 and not isinstance(batch[0], Mapping))
+    return may_be and not any(map(is_labelled, batch)) and _stacked(batch) is not None
+
+
+def _are_labelled(batch: Nested) -> bool:
+    """Whether it is a list of tuples, lists or dataclasses with a label in each; that in a dict may be of a batch."""
+    return isinstance(batch, list) and all(is_labelled(x) and not isinstance(x, Mapping) for x in batch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
