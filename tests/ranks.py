@@ -720,6 +720,10 @@ def a_parameter_that_the_last_micro_batch_does_not_reach_is_right(world: int) ->
     right_with_the_branch_taken_where(lambda rank, j: j == 0, world)
 
 
+def a_parameter_that_the_last_micro_batch_of_one_rank_alone_does_not_reach_is_right(world: int) -> None:
+    right_with_the_branch_taken_where(lambda rank, j: j == 0 or rank != 0, world)
+
+
 def a_parameter_that_one_rank_alone_reaches_is_right(world: int) -> None:
     right_with_the_branch_taken_where(lambda rank, j: j == 1 and rank == world - 1, world)
 

@@ -149,6 +149,7 @@ class Accumulator:
                     pass_.restart()
                     gradients.restart()
                     recovery.restart()
+                reduction.complete()
                 pass_.agree_on_exponent()
                 pass_.settle(can_wait=True)
                 sums = gradients.sums()
