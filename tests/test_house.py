@@ -86,6 +86,7 @@ LEVELS = (
     # L3 edges
     ("tasks", "integrations"),
     ("cli",),
+    ("__main__",),
 )
 LEVEL_OF = {entry: level for level, entries in enumerate(LEVELS) for entry in entries}
 # Values that are explained where they are used: on the page of another module.

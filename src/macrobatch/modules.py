@@ -31,15 +31,16 @@ def trainable_of(walked: Iterable[nn.Module]) -> list[nn.Parameter]:
 
 def modules_of(model: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
     """A module, or several, as a list. ValueError for anything else."""
-    if isinstance(model, Mapping | Iterator):
-        advice = "its values, list(models.values())" if isinstance(model, Mapping) else "a list, to be read again"
-        kind = type(model).__name__
-        raise ValueError(f"model must be an nn.Module or a sequence of them, got a {kind}: give {advice}")
+    needed = "model must be an nn.Module or a sequence of them"
+    if isinstance(model, Mapping):
+        raise ValueError(f"{needed}, got a {type(model).__name__}: give its values, list(models.values())")
     modules = [model] if isinstance(model, nn.Module) else list(model) if isinstance(model, Iterable) else [model]
     for module in modules:
         if not isinstance(module, nn.Module):
             hint = ": give the model, not its parameters" if isinstance(module, nn.Parameter) else ""
-            raise ValueError(f"model must be an nn.Module or a sequence of them, got a {type(module).__name__}{hint}")
+            raise ValueError(f"{needed}, got a {type(module).__name__}{hint}")
+    if isinstance(model, Iterator):
+        raise ValueError(f"{needed}, got a {type(model).__name__}: give a list, to be read again")
     return modules
 
 
