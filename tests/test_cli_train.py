@@ -1021,8 +1021,10 @@ def test_sigterm_ends_as_ctrl_c_does_but_with_143(times: int, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["torch", "rich"])
-def test_ctrl_c_while_the_command_is_starting_is_a_word_and_130(name: str, tmp_path: Path) -> None:
-    (tmp_path / f"{name}.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+@pytest.mark.parametrize("swallowed", ["", "KeyboardInterrupt"])
+def test_ctrl_c_while_the_command_is_starting_is_a_word_and_130(name: str, swallowed: str, tmp_path: Path) -> None:
+    signalling = "import contextlib, signal\nwith contextlib.suppress({}):\n    signal.raise_signal(signal.SIGINT)"
+    (tmp_path / f"{name}.py").write_text(signalling.format(swallowed))
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     entry = project["scripts"]["macrobatch"]
     module, _, function = entry.partition(":")
