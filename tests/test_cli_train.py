@@ -894,6 +894,22 @@ def test_ctrl_c_while_data_are_prepared_says_that_nothing_was_written(tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
+def wrapping() -> Task:
+    """Ctrl-C in a place where Python makes a RuntimeError of it."""
+
+    class Named:
+        def __set_name__(self, owner: Any, name: str) -> None:
+            raise KeyboardInterrupt
+
+    type("Owner", (), {"named": Named()})
+    raise AssertionError
+
+
+def test_ctrl_c_that_an_import_has_made_another_error_of_is_still_ctrl_c(tmp_path: Path) -> None:
+    said = run("--task", "test_cli_train:wrapping", "--output", tmp_path / "run", code=130)
+    assert said == "interrupted: nothing was written\n"
+
+
 def impatient(*, stage: str = "update") -> Task:
     """Two Ctrl-C at once: in the tenth loss of training, or in the first metric over held-out samples."""
     task, calls = line(), {"update": -9, "validation": -1}  # the metric is tried once before training

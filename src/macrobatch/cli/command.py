@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from macrobatch.cli.errors import said_where, short_errors, traceback_kept
-from macrobatch.cli.interrupt import Terminated, exit_code, terminate
+from macrobatch.cli.interrupt import Terminated, exit_code, terminate, unwrapped
 from macrobatch.cli.preparing import busy
 from macrobatch.cli.progress import say
 from macrobatch.cli.runfiles import new_folder, release
@@ -45,7 +45,7 @@ def command(wanted: Path, task_name: str, threads: int | None = None) -> Iterato
         torch.set_num_threads(threads or threads_before)
         before = signal.signal(signal.SIGTERM, terminate)
         try:
-            with traceback_kept(task_name, folder), _quiet_fakes():
+            with traceback_kept(task_name, folder), _quiet_fakes(), unwrapped():
                 yield Console(highlight=False), folder
         except KeyboardInterrupt as stop:
             is_terminated = isinstance(stop, Terminated)

@@ -1,8 +1,8 @@
 """Ctrl-C as a wish that is granted between two updates, so that parameters and files are never left half done."""
 
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -14,6 +14,20 @@ class Terminated(KeyboardInterrupt):
 def terminate(number: int, frame: FrameType | None) -> NoReturn:
     """The handler of SIGTERM: what is at work is interrupted."""
     raise Terminated
+
+
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """An interruption that some import has made an error of another kind of is an interruption again."""
+    try:
+        yield
+    except Exception as error:
+        behind: BaseException | None = error
+        while behind is not None and not isinstance(behind, KeyboardInterrupt):
+            behind = behind.__cause__ or (None if behind.__suppress_context__ else behind.__context__)
+        if behind is None:
+            raise
+        raise behind from None
 
 
 def exit_code(number: int) -> int:

@@ -10,6 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from macrobatch.cli import setup
 from macrobatch.cli.guard import Guarding
+from macrobatch.cli.interrupt import unwrapped
 from macrobatch.memory import parse_bytes
 from macrobatch.scaling_rules import RuleName
 from macrobatch.tasks import parse_task_option, task_names
@@ -93,7 +94,8 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """What the command returns."""
         try:
-            return super().invoke(ctx)
+            with unwrapped():
+                return super().invoke(ctx)
         except KeyboardInterrupt:  # while it imports what it needs: at work, `command` has answered
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
