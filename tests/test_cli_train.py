@@ -1023,12 +1023,16 @@ def test_ctrl_c_before_the_first_update_leaves_nothing_and_ends_with_130(tmp_pat
 @pytest.mark.parametrize("times", [1, 2])
 def test_sigterm_ends_as_ctrl_c_does_but_with_143(times: int, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    child = start(folder, "--steps", "100000", "--task-option", "seconds=0.05")  # an update takes 0.4 s
-    wait_for_updates(folder, 2)
-    for _ in range(times):
-        child.send_signal(signal.SIGTERM)
-        time.sleep(0.05)
-    said, _ = child.communicate(timeout=120)
+    child = start(folder, "--steps", "100000", "--task-option", "seconds=0.2")  # an update takes 1.6 s
+    assert child.stdout is not None
+    wait_for_updates(folder, 1)
+    child.send_signal(signal.SIGTERM)
+    said = ""
+    with child:
+        for text in child.stdout:
+            said += text
+            if times == 2 and text.startswith("stopping"):
+                child.send_signal(signal.SIGTERM)
     assert child.returncode == 143, said
     assert "stopping after this update; SIGTERM again to stop now, without weights, plot and summary" in said
     assert ("terminated: metrics.jsonl, tensorboard in" in said) == (times == 2)
