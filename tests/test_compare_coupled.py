@@ -30,7 +30,6 @@ from macrobatch.cli.race import Racer
 from macrobatch.cli.report import page, rows
 from macrobatch.cli.scaled_rate import RateScaling
 from macrobatch.cli.way import Key, coupled_ways, scaled_way
-from macrobatch.cli.words import COPIES, RANDOM_STATE
 from macrobatch.cli.workload import Workload
 from macrobatch.tasks import Task, load_task
 
@@ -241,8 +240,7 @@ def test_what_an_update_takes_is_predicted_for_every_way() -> None:
         assert measured is not None
         # In one piece gradients come into being while activations go: then the prediction is above, by them at most.
         gradients = sum(p.nbytes for p in task.model.parameters())
-        assert predicted <= 1.02 * measured + gradients * (way.update_size == way.micro_batch_size)
-        assert 0.98 * measured <= predicted + COPIES * RANDOM_STATE  # which no prediction holds
+        assert 0.98 * measured <= predicted <= 1.02 * measured + gradients * (way.update_size == way.micro_batch_size)
 
 
 # ---- what is asked

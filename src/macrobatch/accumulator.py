@@ -132,6 +132,7 @@ class Accumulator:
         if not self._learned.has_run:
             self._look_first()
         apart = self._measure is not None
+        fills = isinstance(batch, Window) and not batch.is_filled  # while it runs
         walked = list(submodules(self._everything))  # anew for each window: nothing can go stale
         with (
             Frozen(self._frozen),
@@ -141,7 +142,7 @@ class Accumulator:
             pass_ = WindowPass(self._recipe, self._learned, gradients.parameters, self._measure)
             window, everyone_runs = agree_on_window(self._window, batch, pass_.ranks)
             pass_.count(window)
-            recovery = self._recovery(pass_, walked)
+            recovery = self._recovery(pass_, fills, walked)
             overlaps = self._overlap and self._way.overlaps and bool(pass_.replicas) and gradients.match_parameters
             with GradientReduction(pass_.replicas, pass_.ranks, overlaps, everyone_runs) as reduction:
                 running = Running(window, pass_, gradients, reduction, recovery, self._limit, self._cut)
@@ -196,9 +197,9 @@ class Accumulator:
     def _trainable(self, walked: list[nn.Module]) -> list[nn.Parameter]:
         return trainable(self._modules) if self._frozen else trainable_of(walked)
 
-    def _recovery(self, pass_: WindowPass, walked: list[nn.Module] | None = None) -> Recovery:
+    def _recovery(self, pass_: WindowPass, fills: bool, walked: list[nn.Module] | None = None) -> Recovery:
         slots = buffer_slots(self._everything) if walked is None else buffer_slots_of(walked)
-        return Recovery(pass_.parameters, slots, self._beginnings, self._limit, pass_.device, self._cut)
+        return Recovery(pass_.parameters, slots, self._beginnings, self._limit, pass_.device, self._cut, fills)
 
     def _window(self, batch: Nested) -> Window:
         refuse_loader(batch)

@@ -126,10 +126,11 @@ class GatheredAccumulator(Accumulator):
         if not self._learned.has_run:
             self._look_first()
         apart = self._measure is not None
+        fills = isinstance(batch, Window) and not batch.is_filled
         with Frozen(self._frozen), WindowGradients(self._modules, self._grad_dtype, add, apart) as gradients:
             pass_ = WindowPass(self._recipe, self._learned, gradients.parameters)
             window, everyone_runs = agree_on_window(self._window, batch, pass_.ranks)
-            recovery = self._recovery(pass_)
+            recovery = self._recovery(pass_, fills)
             with GradientReduction(pass_.replicas, pass_.ranks, False, everyone_runs) as reduction:
                 turn = GatheredWindow(self._gathered, pass_, recovery, reduction, self.keep_graphs)
                 while not turn.has_run(window, gradients):
@@ -151,10 +152,11 @@ class GatheredAccumulator(Accumulator):
 
     def evaluate(self, batch: Nested) -> Report:
         """The Report that `run` would give, without gradients; the model's mode (train or eval) stays the caller's."""
+        fills = isinstance(batch, Window) and not batch.is_filled
         with torch.no_grad():
             pass_ = WindowPass(self._recipe, self._learned, [p for m in self._modules for p in m.parameters()])
             window, _ = agree_on_window(self._window, batch, pass_.ranks)
-            recovery = self._recovery(pass_)
+            recovery = self._recovery(pass_, fills)
             with GradientReduction(pass_.replicas, pass_.ranks, False, False) as reduction:
                 turn = GatheredWindow(self._gathered, pass_, recovery, reduction, keep=0)
                 turn.evaluate(window)

@@ -49,7 +49,8 @@ class Attempt:
 class Recovery:
     """Runs the micro-batches of one window, each in as many parts as memory demands.
 
-    `limit` tells the largest micro-batch to try and learns from failures. `retries` counts them.
+    `limit` tells the largest micro-batch to try and learns from failures. `fills`: whether the window does, while it
+    runs. `retries` counts failures.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Recovery:
         limit: SizeLimit,
         device: torch.device | None,
         own_cut: Cut | None,
+        fills: bool = False,
     ) -> None:
         self._parameters = parameters
         self._beginnings = beginnings
@@ -70,7 +72,7 @@ class Recovery:
         self._message = ""  # what the allocator said last
         self._couples = False  # whether a layer normalised over a micro-batch that failed
         self.retries = 0
-        beginnings.window(slots, device)
+        beginnings.window(slots, device, fills)
 
     def run(self, micro_batch: Nested, num_samples: int, is_last: bool, step: Callable[[Attempt], None]) -> None:
         """The micro-batch has been run, whole or in parts: `step` has succeeded for each part.
@@ -95,7 +97,6 @@ class Recovery:
                     raise
                 message = str(error).split("\n")[0] or "no memory left"
             if not message:
-                self._beginnings.micro_batch_ended()
                 continue
             is_undone = self._undo_forward()  # the error is gone, and with its traceback the graph: memory is free
             self.retries += 1
@@ -152,7 +153,7 @@ class Recovery:
         return parts[::-1]
 
     def restart(self) -> None:
-        """Buffers are as before the window's first micro-batch; random numbers too, if only micro-batches drew any."""
+        """Buffers are as before the window's first micro-batch; random numbers too, unless it fills while it runs."""
         self._beginnings.return_to_window()
 
     def log(self) -> None:

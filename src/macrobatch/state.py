@@ -24,15 +24,11 @@ class RandomState:
 
     def is_present(self) -> bool:
         """Whether the next random numbers are those that followed when this was made."""
-        return self.is_same(RandomState(self._cuda))
-
-    def is_same(self, other: "RandomState") -> bool:
-        """Whether the same random numbers followed when `other` was made, of the same device."""
-        if not torch.equal(self._cpu_state, other._cpu_state):
+        if not torch.equal(self._cpu_state, torch.default_generator.get_state()):
             return False
-        if self._cuda_state is None or other._cuda_state is None:
+        if self._cuda is None or self._cuda_state is None:
             return True
-        return torch.equal(self._cuda_state, other._cuda_state)
+        return torch.equal(self._cuda_state, torch.cuda.get_rng_state(self._cuda))
 
     def restore(self) -> None:
         """The next random numbers are those that followed when this was made."""
@@ -47,23 +43,22 @@ class Beginnings:
     Random numbers take 5 kB for each micro-batch. A forward that draws none leaves them as the window found them, so
     once a window was seen to draw none (`learn`) they are remembered for windows only.
 
-    What a loader draws while the window fills belongs to samples that are kept: nobody goes back behind that, or other
-    samples would be drawn from the same random numbers again.
+    What a loader draws while the window fills belongs to samples that are kept: behind that random numbers do not go
+    back, or other samples would be drawn from the same ones again.
     """
 
     def __init__(self) -> None:
         self._window, self._micro_batch = Buffers(), Buffers()
         self._window_random: RandomState | None = None
         self._micro_batch_random: RandomState | None = None
-        self._reached: RandomState | None = None  # up to here micro-batches drew everything; None if others drew, too
         self._device: torch.device | None = None
         self._draws = True
+        self._fills = False
 
-    def window(self, slots: list[Slot], device: torch.device | None) -> None:
-        """A window begins here; its buffers are those of `slots`, from `buffer_slots`."""
-        self._device = device
-        self._window_random = self._reached = RandomState(device)
-        self._micro_batch_random = None
+    def window(self, slots: list[Slot], device: torch.device | None, fills: bool = False) -> None:
+        """A window begins here; its buffers are those of `slots`, from `buffer_slots`. `fills`: while it runs."""
+        self._device, self._fills = device, fills
+        self._window_random, self._micro_batch_random = RandomState(device), None
         self._window.watch(slots)
         self._micro_batch.watch(slots)
         if slots:
@@ -73,15 +68,8 @@ class Beginnings:
         """A micro-batch begins here."""
         if self._draws:
             self._micro_batch_random = RandomState(self._device)
-            if self._reached is not None and not self._micro_batch_random.is_same(self._reached):
-                self._reached = None  # somebody has drawn in between
         if self._micro_batch.slots:
             self._micro_batch.remember()
-
-    def micro_batch_ended(self) -> None:
-        """What was drawn since the micro-batch began, its forward and backward have drawn."""
-        if self._draws and self._reached is not None:
-            self._reached = RandomState(self._device)
 
     def learn(self) -> None:
         """The window is at its end: whether it drew random numbers is known for those that follow."""
@@ -98,15 +86,9 @@ class Beginnings:
         return True
 
     def return_to_window(self) -> None:
-        """Buffers are as where the window began; random numbers too, if nothing but its micro-batches drew any.
-
-        Else, and where that is not known, they go on: the window draws others than it did.
-        """
-        if self._micro_batch_random is None:
-            self._reached = None
-        if self._window_random is not None and self._reached is not None:
+        """Buffers are as where the window began; random numbers too, unless it fills while it runs."""
+        if self._window_random is not None and not self._fills:
             self._window_random.restore()
-            self._reached = self._window_random
         self._window.restore()
 
 

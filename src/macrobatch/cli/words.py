@@ -11,7 +11,7 @@ from macrobatch.cli.speed_words import speed
 from macrobatch.cli.variance_words import variance
 
 RANDOM_STATE = 5056  # bytes: what torch's random numbers on the CPU are drawn from
-COPIES = 4  # of it at once: where a window began, how far it has drawn, where a micro-batch began, and the next one
+COPIES = 3  # of it at once: where a window began, where a micro-batch began, and the next one
 NEAR = 0.05  # of a measured peak: a prediction that is further below it than this is explained
 
 
