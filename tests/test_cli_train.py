@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import warnings
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +27,7 @@ from typer.testing import CliRunner
 
 import macrobatch as mb
 from macrobatch.cli import app, plots
+from macrobatch.cli.command import _plain_warnings
 from macrobatch.cli.error_places import place_in_task, steps_to
 from macrobatch.cli.metric_check import check_metrics
 from macrobatch.cli.preparing import prepare
@@ -305,7 +307,7 @@ def test_a_model_that_normalises_over_its_micro_batch_keeps_the_tasks_size_and_i
     said = " ".join(run(*options, "--output", tmp_path / "run").split())
     assert summary(tmp_path / "run")["micro_batch_size_is"] == "task's own"
     assert "The gradient noise scale is" in said
-    assert "The model normalises over its micro-batch (BatchNorm in training mode)" in said
+    assert "a hint only, because BatchNorm couples them" in said
 
 
 def test_a_found_size_keeps_within_the_budget(tmp_path: Path) -> None:
@@ -1088,3 +1090,14 @@ def test_the_weights_are_kept_where_a_metric_fails_after_training(tmp_path: Path
     assert not (tmp_path / "run" / "summary.json").exists()
     trained, before = weights(tmp_path / "run"), load_task("own_tasks:line").model.state_dict()
     assert any(not torch.equal(trained[name], before[name]) for name in before)
+
+
+def test_a_warning_of_the_library_is_a_line_without_the_code_it_stands_in(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        with _plain_warnings():
+            warnings.warn("so it is", stacklevel=1)
+            warnings.warn("another kind", RuntimeWarning, stacklevel=1)
+    said = capsys.readouterr().err
+    assert said.startswith("warning: so it is\n")
+    assert "test_cli_train.py" in said.partition("\n")[2]

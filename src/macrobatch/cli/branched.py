@@ -71,7 +71,7 @@ def branched_run(run: Run, options: BranchOptions, folder: Path, console: Consol
         found = brancher.branches(console, ctrl_c)
     if found is None:
         say(console, "interrupted in the branches: the critical batch is not known")
-        return 130
+        return ctrl_c.exit_code
     console.print(branch_table(found))
     words = branch_words(found)
     for line in words:

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +46,7 @@ def command(wanted: Path, task_name: str, threads: int | None = None) -> Iterato
         torch.set_num_threads(threads or threads_before)
         before = signal.signal(signal.SIGTERM, terminate)
         try:
-            with traceback_kept(task_name, folder), _quiet_fakes(), unwrapped():
+            with traceback_kept(task_name, folder), _quiet_fakes(), _plain_warnings(), unwrapped():
                 yield Console(highlight=False), folder
         except KeyboardInterrupt as stop:
             is_terminated = isinstance(stop, Terminated)
@@ -58,6 +59,21 @@ def command(wanted: Path, task_name: str, threads: int | None = None) -> Iterato
             signal.signal(signal.SIGTERM, before)
             torch.set_num_threads(threads_before)
             release(folder)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Within it a UserWarning is a line: the place in the code that it is about is this package's own."""
+    before = warnings.formatwarning
+
+    def formatted(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
+        return f"warning: {message}\n" if category is UserWarning else before(message, category, *place, **line)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from macrobatch.cli.forecast import coupling_layer, prediction_line
 from macrobatch.cli.formats import bytes_text, counted, duration_text, number_text
 from macrobatch.cli.guard import guard_lines
-from macrobatch.cli.noise_words import COUPLED
+from macrobatch.cli.noise_words import watched
 from macrobatch.cli.run import Run
 
 if TYPE_CHECKING:
@@ -186,8 +186,8 @@ def _growth(run: Run) -> list[str]:
 
 def _noise_lines(run: Run) -> list[str]:
     """What the updates told of the noise scale, as far as an interval can be given."""
-    known = run.noise.estimate
-    if run.options.noise != "watch" or known is None or known.low == 0:
+    if run.options.noise != "watch":
         return []
-    caution = f" {COUPLED}." if coupling_layer(run.model) is not None else ""
-    return [f"{known.words} macrobatch noise says which batch trains fastest here.{caution}"]
+    at_end = int(bool(run.rows) and not run.rows[-1]["applied"])
+    line = watched(run.noise.estimate, is_coupled=coupling_layer(run.model) is not None, num_skipped=at_end)
+    return [line] if line else []
