@@ -252,6 +252,23 @@ def test_micro_batches_are_grouped_by_number_and_the_last_window_is_as_short_as_
     assert all(a is b for a, b in zip((x for window in grouped for x in window), loader, strict=True)), "nothing is cut"
 
 
+def test_a_window_is_loading_until_what_it_is_cut_from_is_filled() -> None:
+    data = [torch.ones(4, 2), torch.ones(4, 2)]
+    whole, coming = mb.Window(data), mb.Window(iter(data))
+    assert [w.is_loading for w in (whole, whole.cut(2), coming, coming.cut(2), coming.cut(3).cut(2))] == [
+        *(False, False),
+        *(True, True, True),
+    ]
+    cut = coming.cut(2)
+    next(iter(cut))
+    assert cut.is_loading
+    coming.fill()
+    assert not cut.is_loading
+    assert not cut.is_filled
+    assert cut.fill().is_filled
+    assert cut._uncut is None, "what it was cut from is let go"
+
+
 @given(st.lists(st.integers(1, 17), max_size=12), st.integers(1, 40))
 @settings(max_examples=150, deadline=None)
 def test_windows_hold_exactly_batch_size_samples_the_last_one_the_rest_all_samples_once_and_in_order(

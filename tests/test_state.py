@@ -130,12 +130,14 @@ def noisy_loss(drawn: list[Tensor], at: set[int]) -> Callable[[nn.Module, Tensor
     return loss_fn
 
 
+@pytest.mark.parametrize("is_cut", [False, True])
 @pytest.mark.parametrize("fills", [False, True])
-def test_what_forwards_drew_is_drawn_again_where_a_filled_window_runs_again_from_zero(fills: bool) -> None:
+def test_what_forwards_drew_is_drawn_again_where_a_filled_window_runs_again(fills: bool, is_cut: bool) -> None:
     drawn: list[Tensor] = []
     accumulator = mb.Accumulator(coupled(), noisy_loss(drawn, at={3, 8}), batch_norm="micro_batch")
     micro_batches = list(torch.randn(32, 4).split(8))
-    accumulator.run(mb.Window(iter(micro_batches) if fills else micro_batches))
+    window = mb.Window(iter(micro_batches) if fills else micro_batches)
+    accumulator.run(window.cut(8) if is_cut else window)
     assert [len(d) for d in drawn] == [8] * 3 + [4] * 5 + [2] * 16
     first, second, third = torch.cat(drawn[:2]), torch.cat(drawn[3:8]), torch.cat(drawn[8:])
     assert torch.equal(first, second[:16]) is not fills

@@ -132,7 +132,7 @@ class Accumulator:
         if not self._learned.has_run:
             self._look_first()
         apart = self._measure is not None
-        fills = isinstance(batch, Window) and not batch.is_filled  # while it runs
+        fills = isinstance(batch, Window) and batch.is_loading  # while it runs
         walked = list(submodules(self._everything))  # anew for each window: nothing can go stale
         with (
             Frozen(self._frozen),

@@ -52,6 +52,7 @@ class Window:
         self._filled: list[Nested] = []
         self._sizes: list[int] = []  # in samples, of the micro-batches filled in
         self._source: Iterator[Counted] | None = source
+        self._uncut: Window | None = None  # the window that the source cuts
         self._failure = ""
 
     @classmethod
@@ -96,6 +97,11 @@ class Window:
         """Whether every micro-batch was drawn from the source, so that sizes cost nothing."""
         return self._source is None
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether micro-batches are still to come from outside, from a loader that may draw random numbers for them."""
+        return self._source is not None and (self._uncut is None or self._uncut.is_loading)
+
     def _draw(self) -> bool:
         if self._failure:  # a generator that raised is at its end, and the window would look complete
             raise RuntimeError(f"the window is incomplete, because drawing a micro-batch failed: {self._failure}")
@@ -107,7 +113,7 @@ class Window:
             self._failure = f"{type(error).__name__}: {error}"
             raise
         if drawn is None:
-            self._source = None
+            self._source = self._uncut = None
             return False
         self._filled.append(drawn[0])
         self._sizes.append(drawn[1])
@@ -128,7 +134,9 @@ class Window:
 
         Larger micro-batches are cut into parts whose sizes differ by at most one; smaller ones are never joined.
         """
-        return Window.of_sized(self._smaller(check_size(micro_batch_size), cut))
+        window = Window.of_sized(self._smaller(check_size(micro_batch_size), cut))
+        window._uncut = self
+        return window
 
     def _smaller(self, largest: int, own_cut: Cut | None) -> Iterator[Counted]:
         for micro_batch, n in self.sized():

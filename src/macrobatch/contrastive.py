@@ -126,7 +126,7 @@ class GatheredAccumulator(Accumulator):
         if not self._learned.has_run:
             self._look_first()
         apart = self._measure is not None
-        fills = isinstance(batch, Window) and not batch.is_filled
+        fills = isinstance(batch, Window) and batch.is_loading
         with Frozen(self._frozen), WindowGradients(self._modules, self._grad_dtype, add, apart) as gradients:
             pass_ = WindowPass(self._recipe, self._learned, gradients.parameters)
             window, everyone_runs = agree_on_window(self._window, batch, pass_.ranks)
@@ -152,7 +152,7 @@ class GatheredAccumulator(Accumulator):
 
     def evaluate(self, batch: Nested) -> Report:
         """The Report that `run` would give, without gradients; the model's mode (train or eval) stays the caller's."""
-        fills = isinstance(batch, Window) and not batch.is_filled
+        fills = isinstance(batch, Window) and batch.is_loading
         with torch.no_grad():
             pass_ = WindowPass(self._recipe, self._learned, [p for m in self._modules for p in m.parameters()])
             window, _ = agree_on_window(self._window, batch, pass_.ranks)
