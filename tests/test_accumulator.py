@@ -474,6 +474,30 @@ def test_a_loss_fn_that_trains_is_refused(loss_fn: object) -> None:
     assert difference(gradients(model), expected) <= 1e-12, "what failed has left nothing behind"
 
 
+def test_a_forward_that_makes_zero_gradients_is_no_change_of_gradients() -> None:
+    def with_zeros(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        return mean_square(model, batch)
+
+    model = regressor()
+    expected = reference(model, lambda: mean_square(model, points()))
+    run(with_zeros, model=model)
+    assert difference(gradients(model), expected) <= 1e-12
+
+
+def test_what_is_added_to_stays_the_tensor_that_it_was() -> None:
+    for dtype in (torch.float64, torch.bfloat16):
+        model = nn.Linear(5, 1, bias=False).to(dtype)
+        flat = torch.ones(5, dtype=dtype)
+        model.weight.grad = held = flat.view(1, 5)
+        mb.Accumulator(model, lambda m, b: (m(b).sum(), len(b)), micro_batch_size=2).run(
+            torch.ones(4, 5).to(dtype), add=True
+        )
+        assert model.weight.grad is held
+        assert flat.tolist() == [2.0] * 5
+
+
 def test_a_gradient_penalty_within_the_loss_is_no_change_of_gradients() -> None:
     def penalised(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         inputs = batch[0].clone().requires_grad_()

@@ -233,16 +233,24 @@ def test_samples_that_count_beside_ignored_labels_are_warned_of_at_the_users_lin
 
 def test_the_warning_names_another_ignore_label_and_is_shown_once_for_each_line() -> None:
     torch.manual_seed(0)
-    model, batch = torch.nn.Linear(3, 4), (torch.randn(6, 3), torch.tensor([1, -1, 2, -1, 0, 3]))
+    model, batch = torch.nn.Linear(3, 4), (torch.randn(6, 3), torch.tensor([1, -7, 2, -7, 0, 3]))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for _ in range(3):
             with mb.accumulate(mb.Window([batch]).cut(2), model) as steps:
                 for (x, y), share in steps:
-                    (F.cross_entropy(model(x), y, ignore_index=-1, reduction="sum") * share).backward()
+                    (F.cross_entropy(model(x), y, ignore_index=-7, reduction="sum") * share).backward()
             clear(model)
     (warning,) = caught
-    assert "count=lambda batch: macrobatch.valid_tokens(batch[1], ignore_index=-1) " in str(warning.message)
+    assert "count=lambda batch: macrobatch.valid_tokens(batch[1], ignore_index=-7) " in str(warning.message)
+
+
+def test_a_label_of_minus_one_for_each_sample_is_one_of_two_classes() -> None:
+    batch = (points(4)[0], torch.tensor([1, -1, -1, 1]))
+    model = regressor()
+    with mb.accumulate(mb.Window([batch]).cut(2), model) as steps:  # a warning would be an error
+        for (x, y), share in steps:
+            (F.soft_margin_loss(model(x)[:, 0], y.double(), reduction="sum") * share).backward()
 
 
 def test_labels_on_a_device_are_not_read_which_is_a_limit() -> None:

@@ -319,6 +319,36 @@ def test_what_is_right_passes_and_gives_the_gradient_of_the_full_batch(form: str
     assert difference(gradients(model), expected) <= 1e-12
 
 
+def test_a_sum_of_one_mean_for_each_sample_passes() -> None:
+    def each(m: nn.Module, b: Batch) -> tuple[Tensor, int]:
+        losses = [F.cross_entropy(m(x[None]), y[None]) for x, y in zip(b["x"], b["y"], strict=True)]
+        return sum(losses, torch.zeros(())), len(losses)
+
+    model = classifier()
+    expected = reference(model, lambda: cross_entropy(model, batch()))
+    mb.Accumulator(model, each, micro_batch_size=4).run(batch())
+    assert difference(gradients(model), expected) <= 1e-12
+
+
+def test_what_hooks_keep_for_the_backward_is_not_looked_at() -> None:
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> int:
+        kept[len(calls)] = tensor
+        calls.append(0)
+        return len(calls) - 1
+
+    def mean(m: nn.Module, b: Batch) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(pack, kept.pop):  # a second look would fail
+            return 0.5 * cross_entropy(m, b)
+
+    calls: list[int] = []
+    model = classifier()
+    expected = reference(model, lambda: 0.5 * cross_entropy(model, batch()))
+    mb.Accumulator(model, mean, micro_batch_size=4).run(batch())
+    assert difference(gradients(model), expected) <= 1e-12
+
+
 def test_micro_batches_of_one_term_and_means_that_count_once_pass() -> None:
     model = classifier()
     expected = reference(model, lambda: cross_entropy(model, batch()))

@@ -1,4 +1,4 @@
-"""Nested containers of tensors: walked, compared, mapped and rebuilt, whatever their contents mean.
+"""Nested containers of tensors: walked, mapped, and rebuilt with other contents, whatever those contents mean.
 
 Containers are mappings, dataclasses, named tuples, lists and tuples; everything else is a leaf.
 """
@@ -121,63 +121,3 @@ def hides_tensors(leaf: Nested) -> bool:
     values = [*getattr(leaf, "__dict__", {}).values(), *(getattr(leaf, name) for name in slots)]
     elements = leaf if isinstance(leaf, PackedSequence | deque | Set) else ()
     return any(map(has_rows, [*values, *elements]))
-
-
-def first_dimensions(batch: Nested) -> Iterator[int]:
-    """The first dimensions of its tensors, each once."""
-    seen = set()
-    for _, leaf in leaves(batch):
-        if is_rows(leaf) and not is_opaque(leaf) and leaf.shape[0] not in seen:
-            seen.add(leaf.shape[0])
-            yield leaf.shape[0]
-
-
-def lists_within(node: Nested) -> Iterator[Nested]:
-    """The lists and tuples in `node`, itself apart, that may be lists of samples."""
-    for _, child in children(node) or ():
-        if type(child) is Tensor:  # most of them: this runs for every micro-batch
-            continue
-        if is_list(child):
-            yield child
-        yield from lists_within(child)
-
-
-def kind_of(item: Nested) -> object:
-    """What two samples have alike: dimensions and dtype of a tensor, the class of a container, None of other leaves."""
-    if is_rows(item):
-        return item.ndim, item.dtype
-    return None if children(item) is None else type(item)
-
-
-def are_of_one_kind(items: Nested) -> bool:
-    """Whether `items` are tensors of as many dimensions and of one dtype."""
-    return all(isinstance(x, Tensor) and (x.ndim, x.dtype) == (items[0].ndim, items[0].dtype) for x in items)
-
-
-def are_records(items: Nested) -> bool:
-    """Whether `items` is a list of mappings that have the same keys."""
-    return is_list(items) and all(isinstance(x, Mapping) and x.keys() == items[0].keys() for x in items) and bool(items)
-
-
-def are_entries(items: Nested) -> bool:
-    """Whether `items` are tuples, lists or dataclasses of one class around tensors, which can be as many samples.
-
-    They have as many contents, of the same kinds or None; those of a list may also differ, if all have labels.
-    """
-    if any(
-        type(x) is not type(items[0]) or isinstance(x, Mapping) or not children(x) or not has_rows(x) for x in items
-    ):
-        return False
-    contents = [[x for _, x in children(entry) or ()] for entry in items]
-    if len(set(map(len, contents))) == 1:
-        columns = zip(*contents, strict=True)
-        if all(len({kind_of(x) for x in column if x is not None}) <= 1 for column in columns):
-            return True
-    return isinstance(items, list) and all(map(is_labelled, items))
-
-
-def is_labelled(entry: Nested) -> bool:
-    """Whether a number, a string or a 0-d tensor stands beside a tensor in `entry`, which so is a sample."""
-    items = [x for _, x in children(entry) or ()]
-    is_pair = any(x is not None and kind_of(x) is None for x in items) and any(map(has_rows, items))
-    return is_pair or any(map(is_labelled, items))

@@ -124,6 +124,18 @@ class WindowGradients:
                     _set_grad_dtype(p, original[id(p)])
                     gradient = None if gradient is None else gradient.to(p.dtype)
                 p.grad = _plus(before, gradient) if self._add else gradient
+        if self._add:  # nothing can fail from here on
+            self._move_into_place()
+
+    @torch.no_grad()
+    def _move_into_place(self) -> None:
+        """`p.grad` is the tensor that it was before, which somebody may hold, or which may be a view into a buffer."""
+        for p, before in zip(self.parameters, self._before, strict=True):
+            grad = p.grad
+            if before is None or grad is None or grad is before or grad.is_sparse or before.is_sparse:
+                continue
+            if before.dtype == grad.dtype:
+                p.grad = before.copy_(grad)
 
     def _restore_dtypes(self) -> None:
         for p, dtype in zip(self._widened, self._dtypes, strict=True):

@@ -223,7 +223,7 @@ def _warn_of_ignored(window: Window) -> None:
     """
     for path, leaf in leaves(next(iter(window), ()), "batch"):
         label = ignore_label(leaf) if isinstance(leaf, Tensor) and leaf.is_cpu else None
-        if label is None:
+        if label is None or (leaf.ndim == 1 and label == -1):  # one label for a sample: -1 is one of two classes
             continue
         ignored = "" if label == -100 else f", ignore_index={label}"
         warnings.warn(

@@ -41,7 +41,9 @@ def warn_of_mixed_means(terms: Terms, num_samples: int, counts: dict[str, Count]
 def refuse_ignored_labels(loss: Tensor) -> None:
     """ValueError if `loss`, a bare scalar, is a cross-entropy that leaves out labels, wherever they were made."""
     for criterion in _means_of_labels(loss):
-        labels: Tensor = criterion._saved_target
+        labels = _saved(criterion, "target")
+        if labels is None:
+            continue
         ignored = int(criterion._saved_ignore_index)
         ignored -= 2**64 if ignored >= 2**63 else 0  # torch shows it without its sign
         num_ignored = int((labels == ignored).sum())
@@ -62,7 +64,7 @@ def _of_bare_scalar(loss: Tensor, num_samples: int) -> str | None:
             f"macrobatch.sum_loss(criterion) does {_TRULY}"
         )
     for criterion in _means_of_labels(loss):
-        weight = criterion._saved_weight
+        weight = _saved(criterion, "weight")
         if weight is not None and bool((weight != weight[0]).any()):
             return (
                 f"{_BARE} a cross-entropy with class weights, whose mean divides by the weights of the labels: "
@@ -86,7 +88,9 @@ def _of_sums(terms: Terms, num_samples: int, counts: dict[str, Count] | None) ->
             continue  # a sum without a count of its own, refused where it is divided
         number = known(given)
         number = num_samples if number is None else number  # what lives on the device is not read
-        if number > 1 and reduction_of(loss) == "mean":
+        # As many means added up as there are terms, one for each sample, are a sum over them.
+        num_means = sum(1 for _ in _last_operations(loss.grad_fn))
+        if number > 1 and 2 * num_means <= number and reduction_of(loss) == "mean":
             return (
                 f"the {name} is a mean, and stands for the sum over about {number:g} terms: its gradient is that many "
                 f"times too small. {_INSTEAD}, or for a mean over samples the scalar alone; "
@@ -107,9 +111,19 @@ def _num_terms(operation: Node | None) -> int | None:
     if operation is None or _kind(operation) != "mean":
         return None
     if operation.name().startswith("NllLoss"):
-        return operation._saved_target.numel()  # type: ignore[attr-defined, no-any-return]
-    outputs = getattr(operation, "_saved_self", None)
-    return outputs.numel() if isinstance(outputs, Tensor) else getattr(operation, "_saved_self_sym_numel", None)
+        labels = _saved(operation, "target")
+        return None if labels is None else labels.numel()
+    outputs = _saved(operation, "self")
+    return getattr(operation, "_saved_self_sym_numel", None) if outputs is None else outputs.numel()
+
+
+def _saved(operation: Any, name: str) -> Tensor | None:
+    """A tensor that an operation keeps for its backward; None if hooks keep it, who may have but one look at it."""
+    kept = getattr(operation, f"_raw_saved_{name}", None)
+    if kept is None or getattr(kept, "unpack_hook", kept) is not None:
+        return None
+    tensor = getattr(operation, f"_saved_{name}", None)
+    return tensor if isinstance(tensor, Tensor) else None
 
 
 def reduction_of(loss: Tensor) -> Reduction | None:
@@ -166,8 +180,8 @@ def _makes_smaller(node: Node, operation: str) -> bool:
 
 def _number_in(node: Node) -> float:
     """The size of the one number by which a loss is multiplied or divided; NaN if it is trained, or not on the CPU."""
-    factors = [getattr(node, name, None) for name in ("_saved_other", "_saved_self")]
-    numbers = [f for f in factors if isinstance(f, Tensor) and f.is_cpu and f.numel() == 1 and not f.requires_grad]
+    factors = [_saved(node, name) for name in ("other", "self")]
+    numbers = [f for f in factors if f is not None and f.is_cpu and f.numel() == 1 and not f.requires_grad]
     if len(numbers) != 1:
         return math.nan
     number: Any = numbers[0].tolist()  # not item(): a dispatch mode sees that, and fails at a number of Python's

@@ -1,8 +1,8 @@
 """Nested structures of tensors, cut along the batch dimension and joined again.
 
 A batch is any nesting of mappings, dataclasses, named tuples, lists and tuples around tensors with the batch dimension
-first. Lists of batch length are cut between their elements (strings, images of unlike size, records, samples that were
-never collated). Every other leaf (a string, a flag, a 0-d tensor) is shared by all parts.
+first. Lists of batch length are cut between their elements (strings, images of unlike size, records). Every other leaf
+(a string, a flag, a 0-d tensor) is shared by all parts.
 """
 
 from collections.abc import Sequence

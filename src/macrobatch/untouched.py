@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -13,8 +13,7 @@ def leaving_gradients(call: Callable[[], T], parameters: Sequence[nn.Parameter],
     before = [(p.grad, None if p.grad is None else p.grad._version) for p in parameters]
     result = call()
     changed = sum(
-        p.grad is not gradient or (gradient is not None and gradient._version != version)
-        for p, (gradient, version) in zip(parameters, before, strict=True)
+        _has_changed(p.grad, gradient, version) for p, (gradient, version) in zip(parameters, before, strict=True)
     )
     if changed:
         raise ValueError(
@@ -23,3 +22,9 @@ def leaving_gradients(call: Callable[[], T], parameters: Sequence[nn.Parameter],
             "For a loop that calls backward itself there is macrobatch.accumulate"
         )
     return result
+
+
+def _has_changed(now: Tensor | None, before: Tensor | None, version: int | None) -> bool:
+    if now is None or before is None:
+        return now is not before and (now is None or bool(now.any()))  # zeros where nothing was change nothing
+    return now is not before or now._version != version
