@@ -540,9 +540,7 @@ def gradient_of(model: nn.Module, loss: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("loader", [True, False])
-def test_a_list_said_to_be_one_of_samples_gives_the_gradient_of_the_full_batch(
-    alike: bool, loader: bool
-) -> None:
+def test_a_list_said_to_be_one_of_samples_gives_the_gradient_of_the_full_batch(alike: bool, loader: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 3)).double()
     samples = [(torch.randint(20, (12 if alike else 3 + j,)), j % 3) for j in range(10)]
