@@ -211,11 +211,11 @@ def token_entropy(model: nn.Module, b: Batch, labels: Tensor, **options: Any) ->
 OVER_SOME: dict[str, tuple[Callable[[nn.Module, Batch], Any], str]] = {
     "labels made in the loss_fn": (
         lambda m, b: token_entropy(m, b, b["y"].masked_fill(~b["mask"], -100)),
-        r"a cross-entropy that leaves out \d+ of 16 labels, those that are -100: a mean over the others",
+        r"a cross-entropy that leaves out \d+ of 16 labels, those that are -100, and not as many of each sample",
     ),
     "labels of padding that are not negative": (
         lambda m, b: token_entropy(m, b, b["y"] * b["mask"], ignore_index=0),
-        r"leaves out \d+ of 16 labels, those that are 0: .* n = macrobatch.valid_tokens\(labels, ignore_index=0\)",
+        r"leaves out \d+ of 16 labels, those that are 0, .* n = macrobatch.valid_tokens\(labels, ignore_index=0\)",
     ),
     "of two means one leaves out labels": (
         lambda m, b: m(b["x"]).square().mean() + 0.5 * token_entropy(m, b, b["y"].masked_fill(~b["mask"], -100)),
@@ -266,7 +266,30 @@ def test_control_accumulated_such_a_mean_is_wrong(mistake: str) -> None:
     assert difference(gradients(model), expected) > 0.01
 
 
+def shifted(m: nn.Module, b: Batch) -> Tensor:
+    """As causal models of transformers do inside: the last position has no label, whatever the batch holds."""
+    labels = F.pad(b["y"], (0, 1), value=-100)[:, 1:]
+    return F.cross_entropy(m(b["x"]).flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_ignored_labels_are_refused_only_where_samples_have_unlike_numbers_of_others_in_whatever_micro_batch(
+    micro_batch_size: int,
+) -> None:
+    def by_length(m: nn.Module, b: Batch) -> Tensor:
+        return token_entropy(m, b, b["y"].masked_fill(~b["mask"], -100))
+
+    with pytest.raises(ValueError, match="and not as many of each sample"):
+        mb.Accumulator(classifier(), by_length, micro_batch_size=micro_batch_size).run(tokens())
+    alike = tokens() | {"mask": (torch.arange(4) < 3).expand(7, 4)}
+    model = classifier()
+    expected = reference(model, lambda: by_length(model, alike))
+    mb.Accumulator(model, by_length, micro_batch_size=micro_batch_size).run(alike)
+    assert difference(gradients(model), expected) <= 1e-12
+
+
 SURE: dict[str, Callable[[nn.Module, Batch], Any]] = {
+    "tokens, all but the last of each": shifted,
     "tokens, all of them": lambda m, b: token_entropy(m, b, b["y"]),
     "equal class weights": lambda m, b: token_entropy(m, b, b["y"], weight=torch.full((4,), 2.0).double()),
     "features": lambda m, b: F.mse_loss(m(b["x"]), torch.zeros(len(b["x"]), 4, 4).double()),

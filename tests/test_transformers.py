@@ -56,6 +56,15 @@ def test_its_own_loss_as_a_bare_scalar_is_caught() -> None:
         mb.Accumulator(model, lambda m, b: m(**b).loss, micro_batch_size=2).run(batch)
 
 
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+def test_its_own_loss_of_sequences_without_padding_is_a_mean_over_samples_and_passes(micro_batch_size: int) -> None:
+    model, batch = model_and_batch()
+    whole = {"input_ids": batch["input_ids"], "labels": batch["input_ids"].clone()}
+    expected = reference(model, lambda: model(**whole).loss)
+    mb.Accumulator(model, lambda m, b: m(**b).loss, micro_batch_size=micro_batch_size).run(whole)
+    assert difference(gradients(model), expected) <= 1e-6  # it computes its loss in float32
+
+
 def test_the_form_that_is_shown_for_its_own_loss_is_exact_and_the_one_for_other_means_is_not() -> None:
     model, batch = model_and_batch()
     expected = reference(model, lambda: model(**batch).loss)

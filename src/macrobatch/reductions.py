@@ -38,19 +38,28 @@ def warn_of_mixed_means(terms: Terms, num_samples: int, counts: dict[str, Count]
     return found is not None
 
 
-def refuse_ignored_labels(loss: Tensor) -> None:
-    """ValueError if `loss`, a bare scalar, is a cross-entropy that leaves out labels, wherever they were made."""
-    for criterion in _means_of_labels(loss):
+def refuse_ignored_labels(loss: Tensor, num_samples: int, known_counts: dict[int, set[int]]) -> None:
+    """ValueError if `loss`, a bare scalar, is a cross-entropy over more labels of some samples than of others.
+
+    Labels are seen wherever they were made; leaving out as many of each sample, as causal models do that shift them, is
+    a mean over samples still. `known_counts`: for each cross-entropy in the loss, how many labels of a sample counted
+    in the micro-batches before, to which those of this one are added.
+    """
+    for j, criterion in enumerate(_means_of_labels(loss)):
         labels = _saved(criterion, "target")
         if labels is None:
             continue
         ignored = int(criterion._saved_ignore_index)
         ignored -= 2**64 if ignored >= 2**63 else 0  # torch shows it without its sign
-        num_ignored = int((labels == ignored).sum())
-        if num_ignored:
+        counted = (labels != ignored).flatten()
+        num_ignored = labels.numel() - int(counted.sum())
+        is_even = labels.numel() % num_samples == 0
+        counts = known_counts.setdefault(j, set())
+        counts.update(counted.view(num_samples, -1).sum(1).tolist() if is_even else [])
+        if num_ignored and not (is_even and len(counts) == 1):
             raise ValueError(
                 f"{_BARE} a cross-entropy that leaves out {num_ignored} of {labels.numel()} labels, those that are "
-                f"{ignored}: a mean over the others, and accumulated, its gradient would be wrong. {_INSTEAD}, "
+                f"{ignored}, and not as many of each sample: accumulated, its gradient would be wrong. {_INSTEAD}, "
                 f"n = macrobatch.valid_tokens(labels, ignore_index={ignored}), as "
                 f"macrobatch.sum_loss(criterion)(outputs, targets) does {_TRULY}"
             )

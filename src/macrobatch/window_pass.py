@@ -53,6 +53,7 @@ class WindowPass:
         self._tally = Tally()
         self._counts: dict[str, Count] | None = None
         self._terms_each: dict[str, Count] | None = None  # on average, in a micro-batch
+        self._label_counts: dict[int, set[int]] = {}  # in the first window, of samples, for each cross-entropy
         self._seeds = Seeds(learned, self.ranks, recipe.unscaler)
         self._strays: StrayLeaves | None = None
         self._measurement = None if measure is None else Measurement(measure, self.ranks, self.home)
@@ -101,7 +102,7 @@ class WindowPass:
         terms = terms_of(output, num_samples, self._counts is not None)
         if terms.is_mean:
             refuse_bare_token_mean(micro_batch)
-            refuse_ignored_labels(terms.sums[LOSS])
+            refuse_ignored_labels(terms.sums[LOSS], num_samples, self._label_counts)
         if not self.learned.has_warned:
             self.learned.has_warned = warn_of_mixed_means(terms, num_samples, self._terms_each)
         return terms
