@@ -172,16 +172,20 @@ def test_what_bf16_parameters_measure_of_the_window_is_the_float32_sum() -> None
     assert of_bf16 != pytest.approx(whole, rel=1e-5), "control: rounded once, in the end"
 
 
+def have_same_squares(mine: mb.Report, theirs: mb.Report, rtol: float) -> bool:
+    assert mine.mean_squares is not None
+    assert theirs.mean_squares is not None
+    pairs = zip(mine.mean_squares, theirs.mean_squares, strict=True)
+    return all(torch.allclose(a, b, rtol=rtol) for a, b in pairs)  # type: ignore[arg-type]
+
+
 def test_a_window_that_is_added_to_gradients_from_before_is_measured_by_itself() -> None:
     accumulator = mb.Accumulator(model_of(), mean, measure="squares")
     first, second = (accumulator.run(window_of(batch_of()), add=add) for add in (False, True))
     assert first.moments is not None
     assert second.moments is not None
     assert float(second.moments.squared_norm) == pytest.approx(float(first.moments.squared_norm), rel=1e-12)
-    assert second.mean_squares is not None
-    assert first.mean_squares is not None
-    for mine, theirs in zip(second.mean_squares, first.mean_squares, strict=True):
-        assert torch.allclose(mine, theirs, rtol=1e-12)  # type: ignore[arg-type]
+    assert have_same_squares(second, first, rtol=1e-12)
 
 
 def test_squares_of_complex_gradients_are_those_of_their_absolute_values() -> None:
@@ -247,10 +251,7 @@ def test_a_window_that_ran_out_of_memory_is_measured_as_it_would_have_been() -> 
     assert whole.moments is not None
     assert recovered.moments is not None
     assert recovered.moments.squared_norms.tolist() == pytest.approx(whole.moments.squared_norms.tolist(), rel=1e-11)
-    assert recovered.mean_squares is not None
-    assert whole.mean_squares is not None
-    for mine, theirs in zip(recovered.mean_squares, whole.mean_squares, strict=True):
-        assert torch.allclose(mine, theirs, rtol=1e-11)  # type: ignore[arg-type]
+    assert have_same_squares(recovered, whole, rtol=1e-11)
 
 
 def test_measuring_keeps_one_more_copy_of_the_gradients_and_no_more() -> None:
